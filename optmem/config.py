@@ -1,0 +1,1 @@
+"""Settings as small frozen dataclasses, checked when they are made."""

@@ -1,0 +1,46 @@
+"""Every exception a user can cause.
+
+    OptmemError
+    ├── InputError (ValueError)        an argument, text or message that cannot be used
+    │   └── ImageError                 a picture or PDF that cannot be read, or is too large to be read safely
+    ├── SourceNotFoundError            a file or folder that is not there, or may not be read
+    ├── MissingDependencyError         an optional package that this call needs
+    └── BackendError                   the device or the native module that this call needs is not here
+
+Messages say what was given, what is allowed and what to do; they hold no addresses and no private paths.
+The command line prints the message as one sentence and leaves with ``exit_code`` (the numbers of sysexits.h).
+"""
+
+
+class OptmemError(Exception):
+    """The root of every exception a user can cause."""
+
+    exit_code = 70
+
+
+class InputError(OptmemError, ValueError):
+    """An argument, text or message that cannot be used."""
+
+    exit_code = 65
+
+
+class ImageError(InputError):
+    """A picture or PDF that cannot be read, or is too large to be read safely."""
+
+
+class SourceNotFoundError(OptmemError):
+    """A file or folder that is not there, or may not be read."""
+
+    exit_code = 66
+
+
+class MissingDependencyError(OptmemError, ImportError):
+    """An optional package that this call needs is not installed."""
+
+    exit_code = 69
+
+
+class BackendError(OptmemError, RuntimeError):
+    """The device or the native module that this call needs is not here."""
+
+    exit_code = 69

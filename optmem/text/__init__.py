@@ -1,0 +1,1 @@
+"""Text: token counts, and later tokenizers and prompts."""
