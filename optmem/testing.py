@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optmem.native import native
+from optmem.pages.atlas import CellAtlas
+from optmem.pages.symbols import LINE_END
 
 
 def generator(name: str) -> torch.Generator:
@@ -57,3 +61,60 @@ def assert_close(actual: Tensor, expected: Tensor, *, exact: Tensor, slack: floa
     scale = exact.abs().max().item() if exact.numel() else 0.0
     bound = slack * theirs + torch.finfo(actual.dtype).eps * scale
     assert ours <= bound, f"error {ours:.3g} against fp64 is above {bound:.3g} (torch's own is {theirs:.3g})"
+
+
+def read_pixels(image: NDArray[np.uint8], atlas: CellAtlas, *, break_rows: bool) -> str:
+    """The symbols of a page of cells, from its pixels alone: every cell is looked up among the atlas's glyphs."""
+    table = atlas.store.table()
+    h, w = atlas.font.height, atlas.font.width
+    known = {bytes(h * w): " "}
+    for (offset, height, width), symbol in zip(table.glyphs.tolist(), table.symbols.tolist(), strict=True):
+        known.setdefault(table.ink[offset : offset + height * width].tobytes(), chr(symbol))
+    rows, columns = image.shape[0] // h, image.shape[1] // w
+    cells = (255 - image[: rows * h, : columns * w]).reshape(rows, h, columns, w).swapaxes(1, 2)
+    said = []
+    for row in cells:
+        line = "".join(known[cell.tobytes()] for cell in row)
+        said.append(line.split(LINE_END)[0] + LINE_END if break_rows and LINE_END in line else line)
+    return "".join(said)
+
+
+BAND = 256  # elements of guard on either side: keeps a tensor as aligned as torch itself would
+
+
+def fenced(tensor: Tensor) -> Tensor:
+    """A copy between two guard bands, NaN or 0xA5: an operator that reads too far shows it in its answer."""
+    return _between_bands(tensor)[1]
+
+
+@contextmanager
+def guarded(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """An output of NaN between bands of NaN: leaving the block checks that all of it was written, and nothing else."""
+    buffer, out = _between_bands(torch.full(tuple(shape), torch.nan, dtype=dtype, device=device))
+    yield out
+    assert not out.isnan().any(), f"{int(out.isnan().sum())} of {out.numel()} values were not written, or are NaN"
+    assert buffer[:BAND].isnan().all(), "something was written before the output"
+    assert buffer[BAND + out.numel() :].isnan().all(), "something was written behind the output"
+
+
+def _between_bands(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    filling = torch.nan if tensor.dtype.is_floating_point else 0xA5
+    buffer = torch.full((tensor.numel() + 2 * BAND,), filling, dtype=tensor.dtype, device=tensor.device)
+    inside = buffer[BAND : BAND + tensor.numel()].view(tensor.shape)
+    return buffer, inside.copy_(tensor)
+
+
+def patch_embed_inputs(
+    num_pages: int, grid: tuple[int, int], channels: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels, weight, bias and positions: noise with black and white pages among it, and weights as a trained model has them."""
+    rng = generator(f"patch_embed {num_pages} {grid} {channels} {width}")
+    height, across = grid
+    pixels = torch.randint(0, 256, (num_pages, height * 16, across * 16, channels), generator=rng, dtype=torch.uint8)
+    pixels[1::3] = 0
+    pixels[2::3] = 255
+    weight = torch.randn(width, 3, 16, 16, generator=rng) / 768**0.5
+    bias = torch.randn(width, generator=rng)
+    positions = torch.randn(height, across, width, generator=rng)
+    weight, bias, positions = (tensor.to(device, dtype) for tensor in (weight, bias, positions))
+    return pixels.to(device), weight, bias, positions

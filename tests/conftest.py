@@ -1,6 +1,16 @@
 """One process, one mode: without a GPU, Triton kernels run in the interpreter, which must be chosen before Triton is imported."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch  # after the thread counts
+
+# OPTMEM_COMPILE_ONLY=1 is the compile gate's process, where the same kernels are compiled and none is run.
+if os.environ.get("OPTMEM_COMPILE_ONLY") != "1" and not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    from optmem import interpreter
+
+    interpreter.install()

@@ -3,9 +3,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "checks.h"
 #include "cpu/draw_text.h"
 #include "cpu/isa.h"
+#include "cpu/resample.h"
+#include "resample_coefficients.h"
 
 namespace py = pybind11;
 
@@ -34,6 +38,35 @@ void draw_text(const Array<uint8_t>& ink, const Array<int32_t>& glyphs, const Ar
   optmem::draw_text(job, num_threads);
 }
 
+optmem::Resample resample_job(const Array<uint8_t>& images, Array<uint8_t>& out) {
+  optmem::check(images.ndim() == 4 && out.ndim() == 4, "resample: images and out must be [N, H, W, C]");
+  optmem::check(images.shape(0) == out.shape(0) && images.shape(3) == out.shape(3), "resample: images and out must agree in N and C");
+  for (int side : {1, 2}) {
+    optmem::check(images.shape(side) > 0 && out.shape(side) > 0, "resample: a side must have at least one pixel");
+    optmem::check(images.shape(side) <= optmem::kResampleMaxSide && out.shape(side) <= optmem::kResampleMaxSide,
+                  "resample: a side must have at most ", optmem::kResampleMaxSide, " pixels");
+  }
+  return {images.data(),   out.mutable_data(), images.shape(0), images.shape(1),
+          images.shape(2), out.shape(1),       out.shape(2),    images.shape(3)};
+}
+
+void resample(const Array<uint8_t>& images, Array<uint8_t> out, int num_threads) {
+  const optmem::Resample job = resample_job(images, out);
+  optmem::check(num_threads > 0, "resample: num_threads must be positive, got ", num_threads);
+  py::gil_scoped_release unlocked;
+  optmem::resample(job, num_threads);
+}
+
+void resample_scalar(const Array<uint8_t>& images, Array<uint8_t> out) { optmem::resample_scalar(resample_job(images, out)); }
+
+py::tuple resample_coefficients(int64_t size_in, int64_t size_out) {
+  optmem::check(size_in > 0 && size_out > 0 && std::max(size_in, size_out) <= optmem::kResampleMaxSide,
+                "resample: sizes must be 1 to ", optmem::kResampleMaxSide, ", got ", size_in, " and ", size_out);
+  const optmem::ResampleCoefficients table = optmem::resample_coefficients(size_in, size_out);
+  return py::make_tuple(Array<int32_t>({size_out, int64_t{2}}, table.bounds.data()),
+                        Array<int32_t>({size_out, int64_t{table.taps}}, table.weights.data()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -42,4 +75,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("force_isa", &optmem::force_isa, py::arg("name"), "Cap the instruction set; 'auto' lifts the cap.");
   m.def("draw_text", &draw_text, py::arg("ink").noconvert(), py::arg("glyphs").noconvert(), py::arg("placements").noconvert(),
         py::arg("starts").noconvert(), py::arg("pages").noconvert(), py::arg("num_threads"));
+  m.def("resample", &resample, py::arg("images").noconvert(), py::arg("out").noconvert(), py::arg("num_threads"));
+  m.def("resample_scalar", &resample_scalar, py::arg("images").noconvert(), py::arg("out").noconvert(),
+        "The arithmetic of the CUDA kernel, one value at a time.");
+  m.def("resample_coefficients", &resample_coefficients, py::arg("size_in"), py::arg("size_out"),
+        "Bounds int32 [out, 2] and weights int32 [out, taps] of one axis.");
 }

@@ -46,6 +46,23 @@ OPTMEM_INLINE void stamp(const uint8_t* ink, int64_t height, int64_t width, uint
   }
 }
 
+using Bytes8 = uint8_t __attribute__((vector_size(8)));
+
+// Glyphs narrower than a word: whole words are read and written, and the bytes beyond the glyph's width are left as they were.
+// The caller sees to it that 8 bytes can be read behind the last row's first, in the ink and on the page.
+OPTMEM_INLINE void stamp_narrow(const uint8_t* ink, int64_t height, int64_t width, uint8_t* page, int64_t stride) {
+  Bytes8 mine;
+  for (int i = 0; i < 8; ++i) mine[i] = i < width ? 255 : 0;
+  for (int64_t y = 0; y < height; ++y) {
+    Bytes8 in, out;
+    std::memcpy(&in, ink + y * width, 8);
+    std::memcpy(&out, page + y * stride, 8);
+    const Bytes8 drawn = ~(in & mine);  // 255 - ink
+    out = out < drawn ? out : drawn;
+    std::memcpy(page + y * stride, &out, 8);
+  }
+}
+
 OPTMEM_INLINE void draw_page_body(const DrawText& job, int64_t page) {
   uint8_t* pixels = job.pages + page * job.height * job.width;
   std::memset(pixels, kPaper, job.height * job.width);
@@ -54,10 +71,16 @@ OPTMEM_INLINE void draw_page_body(const DrawText& job, int64_t page) {
     const int32_t* glyph = job.glyphs + 3 * static_cast<int64_t>(place[0]);
     uint8_t* corner = pixels + place[1] * job.width + place[2];
     const uint8_t* ink = job.ink + glyph[0];
-    switch (glyph[2]) {
-      case 8: stamp<8>(ink, glyph[1], 8, corner, job.width); break;
-      case 16: stamp<16>(ink, glyph[1], 16, corner, job.width); break;
-      default: stamp<0>(ink, glyph[1], glyph[2], corner, job.width);
+    const int64_t height = glyph[1], width = glyph[2];
+    const bool has_slack = place[2] + 8 <= job.width && glyph[0] + (height - 1) * width + 8 <= job.ink_size;
+    if (width == 8) {
+      stamp<8>(ink, height, 8, corner, job.width);
+    } else if (width == 16) {
+      stamp<16>(ink, height, 16, corner, job.width);
+    } else if (width < 8 && has_slack) {
+      stamp_narrow(ink, height, width, corner, job.width);
+    } else {
+      stamp<0>(ink, height, width, corner, job.width);
     }
   }
 }

@@ -40,33 +40,37 @@ class GlyphStore:
         self._symbols: list[int] = []
         self._blank: list[bool] = []
         self._table: GlyphTable | None = None
+        self._lock = Lock()
 
     def add(self, symbol: str, ink: Ink) -> int:
         """Appends a glyph and returns its number."""
-        self._rows.append((len(self._ink), *ink.shape))
-        self._symbols.append(ord(symbol))
-        self._blank.append(not ink.any())
-        self._ink += ink.tobytes()
-        self._table = None
-        return len(self._rows) - 1
+        with self._lock:
+            self._rows.append((len(self._ink), *ink.shape))
+            self._symbols.append(ord(symbol))
+            self._blank.append(not ink.any())
+            self._ink += ink.tobytes()
+            self._table = None
+            return len(self._rows) - 1
 
     def table(self) -> GlyphTable:
         """Everything added so far."""
-        if self._table is None:
-            self._table = GlyphTable(
-                np.array(self._ink, dtype=np.uint8),
-                np.array(self._rows, dtype=np.int32).reshape(-1, 3),
-                np.array(self._symbols, dtype=np.uint32),
-                np.array(self._blank, dtype=np.bool_),
-            )
-        return self._table
+        with self._lock:
+            if self._table is None:
+                self._table = GlyphTable(
+                    np.array(self._ink, dtype=np.uint8),
+                    np.array(self._rows, dtype=np.int32).reshape(-1, 3),
+                    np.array(self._symbols, dtype=np.uint32),
+                    np.array(self._blank, dtype=np.bool_),
+                )
+            return self._table
 
 
-# Marks as pictures of 5x7 that fit in the smallest cell.
+# Pictures of 5x7 that fit in the smallest cell: our marks, and the en dash, which monospaced fonts draw like the em dash.
 _PICTURES = {
     symbols.LINE_END: ("....#", "....#", "..#.#", ".##.#", "#####", ".##..", "..#.."),
     symbols.TAB: ("#....", "#.#..", "#..#.", "#####", "#..#.", "#.#..", "#...."),
     symbols.FILL: (".....", ".....", "#.#.#", ".....", "#.#.#", ".....", "....."),
+    "\u2013": (".....", ".....", ".....", "#####", "#####", ".....", "....."),
 }
 
 
@@ -108,6 +112,11 @@ def draw_scaled(font: ScalableFont, code: int, height: int, width: int) -> Ink:
     return np.array(cell)
 
 
+def _must_differ(code: int) -> bool:
+    """Latin and letterlike symbols, punctuation, signs.  Letters of other scripts may look alike: their text tells them apart."""
+    return code < 0x250 or 0x2100 <= code < 0x2150 or unicodedata.category(chr(code))[0] in "PS"
+
+
 @dataclass(frozen=True)
 class CellFont:
     """What a cell of a page is made of: a bitmap font, and the chain that covers what it lacks."""
@@ -125,11 +134,28 @@ class CellFont:
             by_look.setdefault(self.bitmap.glyphs[code].tobytes(), code)
         return {code: _widened(self.bitmap.glyphs[code], self.width) for code in by_look.values()}
 
+    @cached_property
+    def twins(self) -> frozenset[int]:
+        """Signs and Latin letters that the chain draws like another one: they would be read as that one."""
+        by_look = {ink.tobytes(): code for code, ink in self.owners.items()}
+        signs = [code for code in range(0x10000) if _must_differ(code) and code not in self.owners]
+        for code in sorted(signs, key=lambda code: (code != ord("—"), code)):
+            ink = self._draw_fallback(code)
+            if ink is not None:
+                by_look.setdefault(ink.tobytes(), code)
+        return frozenset(signs) - frozenset(by_look.values())
+
     def draw(self, code: int) -> Ink | None:
-        """A character's ink, one or two cells wide; None where no font has a visible form for it."""
-        ink = self.owners.get(code)
-        if ink is not None:
-            return ink
+        """A character's ink, one or two cells wide; None where no font has a visible form that is its own."""
+        if code in self.owners:
+            return self.owners[code]
+        if chr(code) in _PICTURES:
+            return self.draw_mark(chr(code))
+        if _must_differ(code) and code in self.twins:
+            return None
+        return self._draw_fallback(code)
+
+    def _draw_fallback(self, code: int) -> Ink | None:
         width = 2 * self.width if unicodedata.east_asian_width(chr(code)) in "WF" else self.width
         font = next((font for font in self.fallback if font.covers(code)), None)
         ink = None if font is None else draw_scaled(font, code, self.height, width)

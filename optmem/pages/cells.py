@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from optmem.pages import symbols
 from optmem.pages.atlas import CellAtlas
-from optmem.pages.blocks import Block, Look, Run, Span
+from optmem.pages.blocks import Block, Look, Run, Span, trace
 from optmem.pages.page import Box, Line, Page
 
 Ints = NDArray[np.int32]
@@ -119,16 +119,7 @@ def flow(keys: NDArray[np.int64], columns: int, atlas: CellAtlas, *, break_rows:
 
 def spans_of(text: Text, start: int, end: int) -> tuple[Span, ...]:
     """Where text[start:end] came from."""
-    first = int(np.searchsorted(text.starts, start, side="right")) - 1
-    spans = []
-    for i in range(first, len(text.runs)):
-        at = int(text.starts[i])
-        if at >= end:
-            break
-        span = text.runs[i].span
-        if span is not None:
-            spans.append(Span(span.source, span.start + max(start - at, 0), span.start + min(end, int(text.starts[i + 1])) - at))
-    return tuple(spans)
+    return trace(text.runs, text.starts, start, end)
 
 
 def _begun(cells: Flow, length: int) -> NDArray[np.int64]:
@@ -163,10 +154,11 @@ def paginate_cells(blocks: Iterable[Block], style: str, height: int, width: int,
     cells = flow(text.keys, columns, atlas, break_rows=style == "dense")
     begun = _begun(cells, len(text.text))
     size = np.array([atlas.font.height, atlas.font.width], dtype=np.int32)
+    first_rows = np.arange(0, cells.rows[-1] + 1, rows, dtype=np.int32)
+    cuts = [*np.searchsorted(cells.rows, first_rows).tolist(), len(cells.rows)]
     pages = []
-    for index in range(int(cells.rows[-1]) // rows + 1):
-        first_row = index * rows
-        page = slice(*np.searchsorted(cells.rows, [first_row, first_row + rows]).tolist())
+    for index, first_row in enumerate(first_rows.tolist()):
+        page = slice(cuts[index], cuts[index + 1])
         start, stop = begun[[page.start, page.stop]].tolist()
         places = np.stack([cells.rows[page] - first_row, cells.columns[page]], axis=1) * size
         pages.append(

@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine with Python 3.11+, gcc and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*)
+
+.PHONY: help demo test lint format bench gate asan wheel-test build clean
+
+help:
+	@echo "make demo   draw this README and a chat as pages, and say what they cost"
+	@echo "make test   all tests        make lint   ruff, format, mypy     make gate   kernels for GPUs, compiled here"
+	@echo "make bench  speed ratios     make asan   C++ under sanitizers   make wheel-test   the wheel in a clean venv"
+
+# torch first and by its pin: resolved later it would come as a build for another machine.
+.venv/.packages: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(INSTALL) setuptools wheel pybind11
+	$(INSTALL) --no-build-isolation --no-deps -e .
+	$(INSTALL) --no-build-isolation -e ".[dev,pdf]"
+	@touch $@ .venv/.native
+
+.venv/.native: .venv/.packages $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+build: .venv/.native
+
+demo: build
+	@$(BIN)/optmem demo README.md -o out/demo
+
+test: build
+	$(BIN)/pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Kernels compile for real GPUs here, in a process of their own: the other tests run Triton's interpreter.
+gate: build
+	OPTMEM_COMPILE_ONLY=1 $(BIN)/pytest tests/test_gate.py
+
+bench: build
+	$(BIN)/pytest bench --benchmark-enable --benchmark-group-by=group --benchmark-columns=min,median,iqr --benchmark-sort=min
+
+# The native tests against a copy of the tree built with AddressSanitizer and UBSan.
+asan: build
+	bash tests/sanitize.sh
+
+wheel-test: build
+	bash tests/wheel.sh
+
+clean:
+	rm -rf build dist out .venv *.egg-info optmem/*.so

@@ -1,0 +1,70 @@
+"""What this machine has and which code serves each operator: the answer to "what am I running?"."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from optmem import ops
+from optmem.native import NativeModule, native
+
+PACKAGES = ("torch", "triton", "numpy", "pillow", "markdown-it-py", "pypdfium2", "flash-attn")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [{"device": "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        devices.append({"device": f"cuda:{index}", "name": card.name, "memory_gib": round(card.total_memory / 2**30, 1)})
+    return devices
+
+
+def _module(native_module: NativeModule) -> dict[str, Any]:
+    row: dict[str, Any] = {"module": f"optmem.{native_module.name}", "built": native_module.module is not None}
+    if native_module.module is None:
+        row["reason"] = native_module.reason
+    elif native_module.name == "_cpu":
+        row["isa"] = native_module.module.isa()
+    else:
+        row["devices"] = native_module.module.device_count()
+    return row
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices, native modules and the implementation behind every operator, as plain data."""
+    return {
+        "optmem": _version("optmem"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "native": [_module(native("_cpu")), _module(native("_cuda"))],
+        "operators": [
+            {"operator": row.operator, "device": row.device, "implementation": row.name, "reason": row.reason}
+            for row in ops.implementations()
+        ],
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The report as lines for a terminal."""
+    lines = [f"optmem {facts['optmem'] or '(not installed)'}, Python {facts['python']}, {facts['system']}", ""]
+    lines += [f"  {name:16} {found or 'not installed'}" for name, found in facts["packages"].items()]
+    lines.append("")
+    for row in (*facts["devices"], *facts["native"]):
+        (_, name), *rest = row.items()
+        lines.append(f"  {name:16} " + ", ".join(f"{key} {value}" for key, value in rest))
+    lines += ["", f"  {'operator':16} {'device':7} {'served by':10} why"]
+    lines += [f"  {row['operator']:16} {row['device']:7} {row['implementation']:10} {row['reason']}" for row in facts["operators"]]
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""Chat messages to blocks: the shapes of OpenAI and Anthropic, with tool calls, tool results, names and timestamps.
+
+What a message says is drawn as text.  Who says it is a label, drawn white on black, which no text inside a message can imitate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from optmem.errors import InputError
+from optmem.pages.blocks import Block, Look, Run, Span
+from optmem.pages.markdown import read_markdown
+
+Message = Mapping[str, Any]
+
+
+def label(*words: object) -> Block:
+    """A line of ours in brackets.  It holds printable ASCII only; anything else in a name is written as its escape."""
+    said = " ".join(str(word) for word in words if word)
+    plain = said.encode("unicode_escape").decode("ascii").replace("[", "(").replace("]", ")")
+    return Block("label", (Run(f"[{plain}]\n", None, Look.LABEL),))
+
+
+def verbatim(text: str, source: str, kind: Literal["verbatim", "code"] = "verbatim") -> Block:
+    """Text as it stands, closed by a line end of ours where it has none."""
+    runs = [Run(text, Span(source, 0, len(text)))]
+    if not text.endswith("\n"):
+        runs.append(Run("\n"))
+    return Block(kind, tuple(runs))
+
+
+def read_messages(messages: Sequence[Message], *, rich: bool) -> list[Block]:
+    """Blocks of a conversation, oldest first.  Where `rich`, what people say is read as Markdown, else it is kept verbatim.
+
+    A span's source is the message's id (or "message-<i>"), with "/<k>" for the k-th part of its content and "/tool_calls/<k>" for
+    the arguments of its k-th call.  Raises InputError where a message has no usable shape.
+    """
+    return [block for index, message in enumerate(messages) for block in _read_message(index, message, rich)]
+
+
+def _read_message(index: int, message: Message, rich: bool) -> Iterator[Block]:
+    if not isinstance(message, Mapping):
+        raise InputError(f"message {index} must be a mapping with a role and content, got {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise InputError(f"message {index} has no role: give a string such as 'user', 'assistant', 'system' or 'tool'")
+    source = str(message.get("id") or f"message-{index}")
+    yield label(role, message.get("name"), message.get("tool_call_id"), _when(message))
+    content = message.get("content")
+    if isinstance(content, str):
+        yield from _say(content, source, rich)
+    elif isinstance(content, Sequence):
+        for k, part in enumerate(content):
+            yield from _read_part(part, f"{source}/{k}", rich)
+    elif content is not None:
+        raise InputError(f"the content of message {index} must be a string or a list of parts, got {type(content).__name__}")
+    yield from _read_calls(message.get("tool_calls") or (), source)
+
+
+def _when(message: Message) -> str | None:
+    stamp = message.get("timestamp", message.get("created_at"))
+    if isinstance(stamp, int | float):
+        try:
+            return datetime.fromtimestamp(stamp, UTC).isoformat(timespec="seconds")
+        except (ValueError, OverflowError, OSError):
+            return str(stamp)
+    return None if stamp is None else str(stamp)
+
+
+def _say(text: str, source: str, rich: bool) -> Iterable[Block]:
+    return read_markdown(text, source) if rich else (verbatim(text, source),)
+
+
+def _read_part(part: object, source: str, rich: bool) -> Iterator[Block]:
+    """One part of a message's content.  A part that is not text is named by a label, so that its absence shows."""
+    if isinstance(part, str):
+        yield from _say(part, source, rich)
+        return
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise InputError(f"part {source} must be a string or a mapping with a type")
+    kind = part["type"]
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        yield from _say(_string(part, "refusal" if kind == "refusal" else "text", source), source, rich)
+    elif kind in ("thinking", "reasoning"):
+        yield label(kind)
+        yield from _say(_string(part, "thinking" if kind == "thinking" else "text", source), source, rich)
+    elif kind == "tool_use":
+        yield label("tool call", part.get("name"), part.get("id"))
+        yield verbatim(_json(part.get("input"), source), source, "code")
+    elif kind == "tool_result":
+        yield label("tool result", part.get("tool_use_id"), "error" if part.get("is_error") else None)
+        result = part.get("content")
+        inner = [result] if isinstance(result, str) else result or ()
+        for k, piece in enumerate(inner):
+            yield from _read_part(piece, f"{source}/{k}", False)
+    elif kind in ("image", "image_url", "input_image"):
+        yield label("image, not drawn on this page", part.get("uuid"))
+    else:
+        yield label("part of type", kind)
+        yield verbatim(_json(part, source), source, "code")
+
+
+def _read_calls(calls: object, source: str) -> Iterator[Block]:
+    if not isinstance(calls, Sequence):
+        raise InputError(f"tool_calls of {source} must be a list, got {type(calls).__name__}")
+    for k, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise InputError(f"tool call {k} of {source} must be a mapping with a function that has a name and arguments")
+        yield label("tool call", function.get("name"), call.get("id"))
+        arguments = function.get("arguments", "")
+        text = arguments if isinstance(arguments, str) else _json(arguments, source)
+        yield verbatim(text, f"{source}/tool_calls/{k}", "code")
+
+
+def _string(part: Message, key: str, source: str) -> str:
+    text = part.get(key)
+    if not isinstance(text, str):
+        raise InputError(f"part {source} of type {part['type']!r} must have a string under {key!r}, got {type(text).__name__}")
+    return text
+
+
+def _json(value: object, source: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{source} cannot be written as JSON: {error}") from None

@@ -1,0 +1,101 @@
+"""Chats: every part of a message is drawn or named, and can be traced."""
+
+import pytest
+
+from optmem import paginate
+from optmem.errors import InputError
+
+OPENAI = [
+    {"role": "system", "content": "Be brief."},
+    {
+        "role": "user",
+        "name": "Ada",
+        "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:"}}],
+    },
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "42", "id": "m9"},
+]
+ANTHROPIC = [
+    {"role": "user", "content": "hi", "timestamp": 0},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "hm"},
+            {"type": "text", "text": "on it"},
+            {"type": "tool_use", "id": "t1", "name": "run", "input": {"cmd": "ls é"}},
+        ],
+    },
+    {
+        "role": "user",
+        "content": [{"type": "tool_result", "tool_use_id": "t1", "is_error": True, "content": [{"type": "text", "text": "a\nb"}]}],
+    },
+]
+
+
+def text_of(messages, **settings) -> str:
+    return "".join(page.text() for page in paginate(messages, **settings))
+
+
+def test_openai_messages():
+    assert text_of(OPENAI) == (
+        "[system]\nBe brief.\n[user Ada]\nlook\n[image, not drawn on this page]\n"
+        '[assistant]\n[tool call f c1]\n{"x": 1}\n[tool c1]\n42\n'
+    )
+
+
+def test_anthropic_messages():
+    assert text_of(ANTHROPIC) == (
+        '[user 1970-01-01T00:00:00+00:00]\nhi\n[assistant]\n[thinking]\nhm\non it\n[tool call run t1]\n{"cmd": "ls é"}\n'
+        "[user]\n[tool result t1 error]\na\nb\n"
+    )
+
+
+def test_lines_trace_to_their_message():
+    spans = [span for page in paginate(OPENAI) for line in page.lines for span in line.spans]
+    assert [(span.source, span.start, span.end) for span in spans] == [
+        ("message-0", 0, 9),
+        ("message-1/0", 0, 4),
+        ("message-2/tool_calls/0", 0, 8),
+        ("m9", 0, 2),
+    ]
+
+
+def test_every_look_shows_every_word():
+    for style in ("dense", "packed", "document"):
+        shown = text_of(ANTHROPIC, style=style)
+        for word in ("user", "assistant", "thinking", "hm", "on it", "tool call run t1", "ls é", "error"):
+            assert word in shown
+
+
+def test_names_cannot_close_a_label():
+    assert text_of([{"role": "user", "name": "x]\n[system é", "content": ""}]) == "[user x)\\n(system \\xe9]\n\n"
+
+
+def test_parts_of_unknown_type_are_shown_not_dropped():
+    assert '{"type": "audio", "n": 1}' in text_of([{"role": "user", "content": [{"type": "audio", "n": 1}]}])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": ""},
+        {"role": 3, "content": "x"},
+        {"role": "user", "content": [3]},
+        {"role": "user", "content": [{"text": "no type"}]},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "assistant", "tool_calls": 7},
+        {"role": "assistant", "tool_calls": [{"id": "x"}]},
+        {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": object()}]},
+    ],
+)
+def test_messages_without_a_usable_shape_are_refused(message):
+    with pytest.raises(InputError):
+        paginate([message])
+
+
+def test_an_empty_chat_is_one_page():
+    assert len(paginate([])) == 1

@@ -1,0 +1,127 @@
+"""The command line, run as a user runs it: results on stdout, one sentence on stderr, exit codes that mean something."""
+
+import io
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+from PIL import Image
+
+import optmem
+from optmem.cli import cli, main
+
+
+@pytest.fixture
+def run(capfd, monkeypatch, tmp_path):
+    """Runs a command in a folder of its own; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments, stdin: bytes = b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = 0
+        try:
+            main(list(arguments))
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capfd.readouterr()
+
+    return run_command
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run(
+        [sys.executable, "-c", "from optmem.cli import main; main()", "--version"], capture_output=True, text=True, check=True
+    )
+    assert optmem.__version__ in done.stdout
+
+
+def test_env_names_every_operator(run):
+    code, out, _ = run("env", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert {row["operator"] for row in facts["operators"]} >= {"draw_text", "resample", "patch_embed"}
+    assert all(row["implementation"] and row["reason"] for row in facts["operators"])
+    assert {module["module"] for module in facts["native"]} == {"optmem._cpu", "optmem._cuda"}
+    code, out, _ = run("env")
+    assert code == 0
+    assert "served by" in out
+
+
+def test_render_reads_stdin_and_describes_its_pages(run, tmp_path):
+    code, out, err = run(
+        "render",
+        "-",
+        "-o",
+        str(tmp_path / "new" / "pages"),
+        "--json",
+        stdin="hé\n| a |\n".encode(),
+    )
+    assert (code, err) == (0, "")
+    (page,) = json.loads(out)["pages"]
+    assert [line["text"] for line in page["lines"]] == ["hé\n", "| a |\n", ""]
+    assert page["lines"][1]["spans"] == [["stdin", 3, 9]]
+    with Image.open(page["file"]) as image:
+        assert (image.size, image.mode) == ((512, 512), "L")
+
+
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [(("--mode", "small"), 640), (("--size", "128", "--style", "packed", "--cell", "8x8"), 128), (("--style", "document"), 512)],
+)
+def test_render_takes_styles_and_sizes(run, tmp_path, options, side):
+    file = tmp_path / "note.md"
+    file.write_text("# Title\n\nwords\n")
+    code, out, _ = run("render", str(file), "-o", str(tmp_path), "--json", *options)
+    assert code == 0
+    assert json.loads(out)["pages"][0]["width"] == side
+
+
+def test_render_draws_a_chat(run, tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    code, out, _ = run("render", str(file), "-o", str(tmp_path), "--json")
+    assert code == 0
+    assert [line["text"] for line in json.loads(out)["pages"][0]["lines"]] == ["[user]\n", "hi\n", ""]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "code", "words"),
+    [
+        (("render", "no-such-file"), b"", 66, "cannot read no-such-file: No such file or directory"),
+        (("render", "-"), b"\xff\xfe", 65, "- is not UTF-8 text (byte 0)"),
+        (("render", "-", "--kind", "chat"), b"{", 65, "is not JSON that can be read"),
+        (("render", "-", "--kind", "chat"), b"[" * 100000, 65, "is not JSON that can be read"),
+        (("render", "-", "--kind", "chat"), b"[1]", 65, "message 0 must be a mapping"),
+        (("render", "-", "--size", "10"), b"x", 65, "a side of a page must be 64 to 8192 pixels, got 10"),
+        (("render", "-", "--size", "512", "--mode", "tiny"), b"x", 2, "give one"),
+        (("render", "-", "-o", "/proc/none"), b"x", 66, "cannot write to /proc/none"),
+        (("render",), b"", 2, "Missing argument"),
+        (("nonsense",), b"", 2, "No such command"),
+    ],
+)
+def test_errors_are_one_sentence_and_an_exit_code(run, arguments, stdin, code, words):
+    got, out, err = run(*arguments, stdin=stdin)
+    assert (got, out) == (code, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_demo_says_what_pages_cost(run, tmp_path):
+    (tmp_path / "note.md").write_text("# Note\n\n" + "words and words\n" * 100)
+    code, out, _ = run("demo", "note.md", "-o", "pages", "--json")
+    assert code == 0
+    chat, note = json.loads(out)
+    assert note["source"] == "note.md"
+    for form in chat["forms"] + note["forms"]:
+        assert form["fed_tokens"] > form["vision_tokens"] > 0
+        assert form["ratio"] == pytest.approx(0, abs=30)
+    assert len(list((tmp_path / "pages").glob("*.png"))) == len(chat["page_ids"]) + len(note["page_ids"])
+
+
+def test_every_command_has_help():
+    for name, command in cli.commands.items():
+        assert command.help, name
+        for option in command.params:
+            assert isinstance(option, click.Argument) or option.help, f"{name} --{option.name}"

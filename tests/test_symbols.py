@@ -1,0 +1,71 @@
+"""Symbols: escapes that can be undone, and private code points that no text can forge."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optmem.pages import symbols
+
+
+@given(st.integers(0, 0x10FFFF))
+def test_an_escape_reads_back_as_its_character(code):
+    assert symbols.read_symbols(symbols.escape(code)) == chr(code)
+
+
+@given(st.lists(st.integers(0, 0x10FFFF)))
+def test_escapes_in_a_row_stay_apart(codes):
+    assert symbols.read_symbols("".join(map(symbols.escape, codes))) == "".join(map(chr, codes))
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        (0x00, "^@"),
+        (0x0D, "^M"),
+        (0x1B, "^["),
+        (0x7F, "^?"),
+        (0x6F22, "U+6F22"),
+        (0x1F600, "U+1F600"),
+        (0xD800, "U+D800"),
+        (0xA0, "U+00A0"),
+    ],
+)
+def test_escape_forms(code, shown):
+    assert symbols.plain(symbols.escape(code)) == shown
+
+
+@pytest.mark.parametrize(
+    "char",
+    [
+        "\x00",
+        "\x7f",
+        "\x85",
+        "\xa0",
+        "\xad",
+        "\u0301",
+        "\u200b",
+        "\u200d",
+        "\u202e",
+        "\u2028",
+        "\ufe0f",
+        "\ue000",
+        "\ud800",
+        "\u3000",
+    ],
+)
+def test_what_has_no_visible_form_is_not_drawable(char):
+    assert not symbols.is_drawable(ord(char))
+
+
+@pytest.mark.parametrize("char", [" ", "a", "é", "漢", "—", "😀", "─"])
+def test_what_has_a_visible_form_is_drawable(char):
+    assert symbols.is_drawable(ord(char))
+
+
+def test_marks_read_back():
+    said = "a" + symbols.TAB + "b" + symbols.LINE_END + symbols.FILL + "漢" + symbols.WIDE_REST + symbols.TEXT_END + "rest"
+    assert symbols.read_symbols(said) == "a\tb\n漢"
+
+
+def test_a_label_reads_as_its_words_even_where_they_look_like_escapes():
+    assert symbols.read_symbols(symbols.inverse("[U+41 ^M]") + "[U+41 ^M]") == "[U+41 ^M][U+41 ^M]"
