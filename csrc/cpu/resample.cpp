@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kRows = 64;      // rows taken through the pass along the width together: they are its lanes
 constexpr int64_t kTile = 16;      // a transposition is made of squares of this many bytes
-constexpr int64_t kAhead = 256;    // bytes fetched ahead in each row: sixteen rows are more than the hardware follows (6.9 -> 6.1 ms)
+constexpr int64_t kAhead = 256;    // bytes fetched ahead in a row: the hardware does not follow sixteen (6.9 -> 6.1 ms a scan)
 constexpr int64_t kColumns = 256;  // input columns in scratch at a time, so that they stay in the second-level cache
 constexpr int64_t kShared = 16;    // a strip or band is this many times as large as what it shares with the next one
 
@@ -189,7 +189,8 @@ void resample_scalar(const Resample& job) {
   const ResampleCoefficients across = resample_coefficients(job.width_in, job.width);
   const ResampleCoefficients down = resample_coefficients(job.height_in, job.height);
   const bool height_first = resamples_height_first(job.height_in, job.width_in, job.height, job.width);
-  std::vector<uint8_t> middle(job.num_images * job.channels * (height_first ? job.height * job.width_in : job.height_in * job.width));
+  const int64_t pixels = height_first ? job.height * job.width_in : job.height_in * job.width;
+  std::vector<uint8_t> middle(job.num_images * pixels * job.channels);
   const auto along_width = [&](const uint8_t* in, int64_t height, uint8_t* out) {
     resample_values({in, across.bounds.data(), across.weights.data(), out, job.num_images * height,
                      static_cast<int32_t>(job.width_in), static_cast<int32_t>(job.width), static_cast<int32_t>(job.channels),

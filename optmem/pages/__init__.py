@@ -46,8 +46,6 @@ def read_source(source: Source, kind: Kind | None = None, *, rich: bool, name: s
             return read_markdown(source, name)
         run = Run(source, Span(name, 0, len(source)))
         return [Block("code" if kind == "code" and rich else "verbatim", (run,))]
-    if isinstance(source, bytes | bytearray) or not isinstance(source, Sequence):
-        raise InputError(f"give text as a string or a list of messages, got {type(source).__name__}")
     if kind not in (None, "chat"):
         raise InputError(f"a list of messages is of kind chat, not {kind}")
     return read_messages(source, rich=rich)

@@ -32,12 +32,14 @@ def verbatim(text: str, source: str, kind: Literal["verbatim", "code"] = "verbat
     return Block(kind, tuple(runs))
 
 
-def read_messages(messages: Sequence[Message], *, rich: bool) -> list[Block]:
+def read_messages(messages: object, *, rich: bool) -> list[Block]:
     """Blocks of a conversation, oldest first.  Where `rich`, what people say is read as Markdown, else it is kept verbatim.
 
     A span's source is the message's id (or "message-<i>"), with "/<k>" for the k-th part of its content and "/tool_calls/<k>" for
     the arguments of its k-th call.  Raises InputError where a message has no usable shape.
     """
+    if isinstance(messages, bytes | bytearray) or not isinstance(messages, Sequence):
+        raise InputError(f"give text as a string or a list of messages, got {type(messages).__name__}")
     return [block for index, message in enumerate(messages) for block in _read_message(index, message, rich)]
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 import numpy as np
 
 from optmem.pages.bands import NO_PLACEMENTS, NO_SOURCES, Band, Composer, Sheet, move_down
-from optmem.pages.blocks import Block, BlockKind, Look, Run
+from optmem.pages.blocks import Block, BlockKind, Container, Look, Run
 from optmem.pages.galley import CODE_FILL, RULE_INK, Fill, Galley, SetLine, split_lines
 from optmem.pages.page import Box, Line, Page
 from optmem.pages.tables import set_table
@@ -45,9 +46,18 @@ class _Column:
     bars: tuple[int, ...]  # left edges of the bars of the quotes
 
 
-def _column(block: Block, sheet: Sheet, marker_width: int) -> _Column:
-    nesting = block.nesting or (("item",) if block.kind == "item" else ("quote",) if block.kind == "quote" else ()) * block.level
-    nesting = nesting[:MAX_DEPTH]
+def _nesting(block: Block) -> tuple[Container, ...]:
+    """What a block stands in; where it does not say, its kind and its level do."""
+    if block.nesting or block.kind not in ("item", "quote"):
+        return block.nesting
+    kind: Container = "item" if block.kind == "item" else "quote"
+    return (kind,) * block.level
+
+
+def _column(block: Block, sheet: Sheet, marker_width: int = 0) -> _Column:
+    nesting = _nesting(block)[:MAX_DEPTH]
+    if marker_width and "item" not in nesting:
+        nesting = (*nesting, "item")
     step = min(STEP * sheet.font_size, 0.4 * sheet.inner_width / max(len(nesting), 1))
     edges = [sheet.margin + round(step * k) for k in range(len(nesting) + 1)]
     bars = tuple(edges[k] + round(0.25 * step) for k, kind in enumerate(nesting) if kind == "quote")
@@ -65,13 +75,23 @@ class _Setter:
 
     def set(self, block: Block) -> Iterator[Band]:
         """The bands of a block, with the marker of its item and the bars of its quotes."""
-        marker = Galley((Run(block.marker + " "),), self.sheet.face(), self.case)
-        column = _column(block, self.sheet, marker.width if block.marker else 0)
-        if self.right - column.left < 0.5 * self.sheet.inner_width:  # no room beside the marker
-            column, block = _column(block, self.sheet, 0), replace(block, runs=(Run(block.marker + " "), *block.runs), marker="")
-        for k, band in enumerate(_SETTERS[block.kind](self, block, column.left)):
-            marked = self._marked(band, marker, column.marker_right) if k == 0 and block.marker else band
-            yield replace(marked, bars=column.bars) if column.bars else marked
+        bands, column = self._set_item(block) if block.marker else self._set_plain(block, _column(block, self.sheet))
+        for band in bands:
+            yield replace(band, bars=column.bars) if column.bars else band
+
+    def _set_plain(self, block: Block, column: _Column) -> tuple[Iterator[Band], _Column]:
+        return _SETTERS[block.kind](self, block, column.left), column
+
+    def _set_item(self, block: Block) -> tuple[Iterator[Band], _Column]:
+        """A block with its marker beside its first line, or where there is no room, in it."""
+        runs = (Run(block.marker + " "),)
+        marker = Galley(runs, self.sheet.face(), self.case)
+        column = _column(block, self.sheet, marker.width)
+        if self.right - column.left < 0.5 * self.sheet.inner_width or block.kind == "rule":
+            return self._set_plain(replace(block, runs=(*runs, *block.runs)), _column(block, self.sheet))
+        bands, _ = self._set_plain(block, column)
+        first = [self._marked(band, marker, column.marker_right) for band in islice(bands, 1)]
+        return chain(first, bands), column
 
     def _marked(self, band: Band, marker: Galley, right: int) -> Band:
         """A band whose first line has a marker hanging to the left of it, on the same baseline."""

@@ -109,8 +109,10 @@ class Galley:
     @property
     def widest_word(self) -> int:
         """Pixels of the widest stretch that lines are not broken in if there is another way."""
-        ends, nexts = self._breaks[0] if len(self.glyphs) else ([], [])
-        return int(max(self.pens[[*ends, -1]] - self.pens[[0, *nexts]], default=0))
+        if not len(self.glyphs):
+            return 0
+        ends, nexts = self._breaks[0]
+        return int((self.pens[np.append(ends, -1)] - self.pens[np.append(0, nexts)]).max())
 
     @cached_property
     def _codes(self) -> NDArray[np.uint32]:
