@@ -16,9 +16,8 @@ help:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(INSTALL) setuptools wheel pybind11
-	$(INSTALL) --no-build-isolation --no-deps -e .
-	$(INSTALL) --no-build-isolation -e ".[dev,pdf]"
-	@touch $@ .venv/.native
+	OPTMEM_NATIVE=0 $(INSTALL) --no-build-isolation -e ".[dev,pdf]"
+	@touch $@
 
 .venv/.native: .venv/.packages $(NATIVE)
 	$(BIN)/python setup.py --quiet build_ext --inplace

@@ -1,6 +1,7 @@
 """The native extensions, nothing else: optmem._cpu always, optmem._cuda wherever nvcc is found.
 
 OPTMEM_CUDA=0 leaves the CUDA module out, OPTMEM_CUDA=1 makes its absence an error, auto (the default) asks for nvcc.
+OPTMEM_NATIVE=0 leaves both out: the Makefile installs first and builds in place afterwards, where objects are kept.
 OPTMEM_SANITIZE=1 builds the CPU module under AddressSanitizer and UBSan.
 """
 
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -99,8 +100,12 @@ class BuildNative(build_ext):
         return str(out)
 
 
+def extensions() -> list[Extension]:
+    if os.environ.get("OPTMEM_NATIVE") == "0":
+        return []
+    return [cpu_extension(), *([cuda_extension(NVCC)] if NVCC else [])]
+
+
 NVCC = find_nvcc()
-setup(
-    ext_modules=[cpu_extension(), *([cuda_extension(NVCC)] if NVCC else [])],
-    cmdclass={"build_ext": BuildNative},
-)
+ParallelCompile().install()  # one compiler a core
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
