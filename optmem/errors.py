@@ -2,7 +2,8 @@
 
     OptmemError
     ├── InputError (ValueError)        an argument, text or message that cannot be used
-    │   └── ImageError                 a picture or PDF that cannot be read, or is too large to be read safely
+    │   ├── ImageError                 a picture or PDF that cannot be read, or is too large to be read safely
+    │   └── CheckpointError            a model's files that are damaged, incomplete, unsafe or not of a known model
     ├── SourceNotFoundError            a file or folder that is not there, or may not be read
     ├── MissingDependencyError         an optional package that this call needs
     └── BackendError                   the device or the native module that this call needs is not here
@@ -26,6 +27,10 @@ class InputError(OptmemError, ValueError):
 
 class ImageError(InputError):
     """A picture or PDF that cannot be read, or is too large to be read safely."""
+
+
+class CheckpointError(InputError):
+    """A model's files that are damaged, incomplete, unsafe or not of a known model."""
 
 
 class SourceNotFoundError(OptmemError):

@@ -13,11 +13,12 @@ from functools import cache, lru_cache
 from importlib import import_module
 from math import prod
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optmem import reference
+from optmem import blockwise, reference
 from optmem.errors import InputError
 from optmem.native import native
 
@@ -299,3 +300,259 @@ def _patch_embed_fake(pixels: Tensor, weight: Tensor, bias: Tensor, positions: T
 
 _described.append(lambda: Implementation("patch_embed", "cpu", "reference", "plain torch, where a projection is already good"))
 _described.append(_triton_or_reference("patch_embed"))
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------------
+
+library.define("attention(Tensor query, Tensor key, Tensor value, int prefix) -> Tensor")
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    """Scaled dot-product attention: query i stands at place S - T + i and sees the first `prefix` keys and all up to its place.
+
+    query       [B, T, H, d]     fp32, bf16 or fp16; so are key and value
+    key, value  [B, S, K, d]     S >= T; H a multiple of K, of which H / K neighbours share one
+    prefix      S: everything is seen (CLIP).  0: causal.  n: n image tokens, then queries in order (the second generation)
+    -> [B, T, H, d]
+
+    Raises InputError where shapes, types or devices do not fit together.
+    """
+    _check(query.dim() == 4, f"attention: query must be [B, T, H, d], got {list(query.shape)}")
+    batch, num_queries, heads, head_dim = query.shape
+    for name, tensor in (("key", key), ("value", value)):
+        _check(
+            tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[3] == head_dim,
+            f"attention: {name} must be [{batch}, S, K, {head_dim}], got {list(tensor.shape)}",
+        )
+    _check(key.shape == value.shape, f"attention: key is {list(key.shape)}, but value is {list(value.shape)}")
+    num_keys, kv_heads = key.shape[1:3]
+    _check(kv_heads > 0 and heads % kv_heads == 0, f"attention: {kv_heads} heads of keys cannot serve {heads} heads of queries")
+    _check(num_keys >= num_queries, f"attention: {num_queries} queries cannot be the last of {num_keys} keys")
+    _check(0 <= prefix <= num_keys, f"attention: prefix must be 0 to {num_keys}, got {prefix}")
+    _check_same_kind("attention", query=query, key=key, value=value)
+    mixed: Tensor = torch.ops.optmem.attention(query, key, value, prefix)
+    return mixed
+
+
+@torch.library.impl(library, "attention", "CPU")
+def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    mask = None
+    if prefix < key.shape[1]:
+        mask = reference.attention_mask(query.shape[1], key.shape[1], prefix, query.device)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    # torch's own kernel: no logits in memory, strided inputs as they are
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return mixed.transpose(1, 2).contiguous()
+
+
+@torch.library.impl(library, "attention", "CUDA")
+def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    return _attention_cpu(query, key, value, prefix)
+
+
+@torch.library.register_fake("optmem::attention")
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _check_same_kind(operator: str, **tensors: Tensor) -> None:
+    """All of one floating type and on one device, those of the first."""
+    first, *_ = tensors
+    dtype, device = tensors[first].dtype, tensors[first].device
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    _check(dtype in allowed, f"{operator}: {first} must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    for name, tensor in tensors.items():
+        _check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype} as {first} is, got {tensor.dtype}")
+        _check(tensor.device == device, f"{operator}: {name} must be on {device} as {first} is, got {tensor.device}")
+
+
+def _differentiate(operator: str, meaning: Callable[..., Tensor]) -> None:
+    """Gives an operator the gradient of its reference, computed again in the backward pass; only training needs it."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved).detach() if other is None else other for other in ctx.others]
+        leaves = [value.requires_grad_() for value, needed in zip(inputs, wanted, strict=True) if needed]
+        with torch.enable_grad():
+            gradients = iter(torch.autograd.grad(meaning(*inputs), leaves, gradient))
+        return tuple(next(gradients) if needed else None for needed in wanted)
+
+    torch.library.register_autograd(f"optmem::{operator}", backward, setup_context=keep)
+
+
+_differentiate("attention", reference.attention)
+_described.append(lambda: Implementation("attention", "cpu", "torch", "scaled_dot_product_attention"))
+_described.append(lambda: Implementation("attention", "cuda", "torch", "scaled_dot_product_attention"))
+
+
+# --- global_attention ---------------------------------------------------------------------------------------------------------
+
+library.define("global_attention(Tensor qkv, Tensor rel_pos_h, Tensor rel_pos_w) -> Tensor")
+
+
+def global_attention(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    """Attention over a whole grid with decomposed relative positions, which bias the logits by the q that is not scaled.
+
+    qkv         [B, h, w, 3 D]   of one projection: q, k, v, each D = heads * d; fp32, bf16 or fp16, so are the tables
+    rel_pos_h   [2 h - 1, d]     row i - j + h - 1 for a query in row i and a key in row j; all heads share it
+    rel_pos_w   [2 w - 1, d]     the same for columns
+    -> [B, h, w, D]
+
+    Raises InputError where shapes, types or devices do not fit together.
+    """
+    _check_grid("global_attention", qkv, rel_pos_h, rel_pos_w)
+    for name, table, side in (("rel_pos_h", rel_pos_h, qkv.shape[1]), ("rel_pos_w", rel_pos_w, qkv.shape[2])):
+        wanted = [2 * side - 1, rel_pos_h.shape[1]]
+        _check(list(table.shape) == wanted, f"global_attention: {name} must be {wanted}, got {list(table.shape)}")
+    mixed: Tensor = torch.ops.optmem.global_attention(qkv.contiguous(), rel_pos_h.contiguous(), rel_pos_w.contiguous())
+    return mixed
+
+
+def _check_grid(operator: str, qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> None:
+    _check(
+        qkv.dim() == 4 and qkv.shape[1] > 0 and qkv.shape[2] > 0,
+        f"{operator}: qkv must be [B, h, w, 3 D] with h and w at least 1, got {list(qkv.shape)}",
+    )
+    for name, table in (("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)):
+        _check(table.dim() == 2 and table.shape[1] > 0, f"{operator}: {name} must be [2 side - 1, d], got {list(table.shape)}")
+    _check(
+        qkv.shape[3] > 0 and qkv.shape[3] % (3 * rel_pos_h.shape[1]) == 0,
+        f"{operator}: channels of qkv must be a multiple of 3 * {rel_pos_h.shape[1]}, got {qkv.shape[3]}",
+    )
+    _check_same_kind(operator, qkv=qkv, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)
+
+
+@torch.library.impl(library, "global_attention", "CPU")
+def _global_attention_cpu(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    return blockwise.global_attention(qkv, rel_pos_h, rel_pos_w)
+
+
+@torch.library.impl(library, "global_attention", "CUDA")
+def _global_attention_cuda(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    return reference.global_attention(qkv, rel_pos_h, rel_pos_w)
+
+
+@torch.library.register_fake("optmem::global_attention")
+def _global_attention_fake(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+
+
+_differentiate("global_attention", reference.global_attention)
+_described.append(lambda: Implementation("global_attention", "cpu", "torch", "blockwise.py, logits that stay in the cache"))
+_described.append(lambda: Implementation("global_attention", "cuda", "reference", "no kernel yet"))
+
+
+# --- window_attention ---------------------------------------------------------------------------------------------------------
+
+library.define("window_attention(Tensor qkv, Tensor bias, Tensor rel_pos_h, Tensor rel_pos_w) -> Tensor")
+
+
+def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    """global_attention inside windows of the tables' side, which start in the upper left corner.
+
+    qkv         [B, h, w, 3 D]    of the grid alone; fp32, bf16 or fp16, and so is the rest
+    bias        [3 D]             of the projection that made qkv: what stands wherever a window goes beyond the grid,
+                                  as a key like any other
+    rel_pos_h   [2 side - 1, d]   as for global_attention; so is rel_pos_w
+    -> [B, h, w, D]
+
+    Raises InputError where shapes, types or devices do not fit together.
+    """
+    _check_grid("window_attention", qkv, rel_pos_h, rel_pos_w)
+    _check(rel_pos_h.shape == rel_pos_w.shape, f"window_attention: tables of {rel_pos_h.shape[0]} and {rel_pos_w.shape[0]} rows")
+    _check(rel_pos_h.shape[0] % 2 == 1, f"window_attention: rel_pos_h must have 2 side - 1 rows, got {rel_pos_h.shape[0]}")
+    _check(list(bias.shape) == [qkv.shape[3]], f"window_attention: bias must be [{qkv.shape[3]}], got {list(bias.shape)}")
+    _check_same_kind("window_attention", qkv=qkv, bias=bias)
+    inputs = [tensor.contiguous() for tensor in (qkv, bias, rel_pos_h, rel_pos_w)]
+    mixed: Tensor = torch.ops.optmem.window_attention(*inputs)
+    return mixed
+
+
+@torch.library.impl(library, "window_attention", "CPU")
+def _window_attention_cpu(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    return blockwise.window_attention(qkv, bias, rel_pos_h, rel_pos_w)
+
+
+@torch.library.impl(library, "window_attention", "CUDA")
+def _window_attention_cuda(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    return reference.window_attention(qkv, bias, rel_pos_h, rel_pos_w)
+
+
+@torch.library.register_fake("optmem::window_attention")
+def _window_attention_fake(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+
+
+_differentiate("window_attention", reference.window_attention)
+_described.append(lambda: Implementation("window_attention", "cpu", "torch", "blockwise.py, logits that stay in the cache"))
+_described.append(lambda: Implementation("window_attention", "cuda", "reference", "no kernel yet"))
+
+
+# --- compress -----------------------------------------------------------------------------------------------------------------
+
+library.define(
+    "compress(Tensor patches, Tensor neck_0, Tensor scale_1, Tensor shift_1, Tensor neck_2, Tensor scale_3, Tensor shift_3, "
+    "Tensor net_2, Tensor net_3) -> Tensor"
+)
+
+
+def compress(
+    patches: Tensor,
+    neck_0: Tensor,
+    scale_1: Tensor,
+    shift_1: Tensor,
+    neck_2: Tensor,
+    scale_3: Tensor,
+    shift_3: Tensor,
+    net_2: Tensor,
+    net_3: Tensor,
+) -> Tensor:
+    """A sixteenth of the patches, each wider: the neck (1 x 1, norm, 3 x 3, norm), then two 3 x 3 convolutions of stride 2.
+
+    patches           [B, h, w, D]      fp32, bf16 or fp16; so are the weights
+    neck_0            [N, D, 1, 1]
+    scale_1, shift_1  [N]               of a norm over channels; so are scale_3 and shift_3
+    neck_2            [N, N, 3, 3]
+    net_2             [M, N, 3, 3]
+    net_3             [C, M, 3, 3]
+    -> [B, ceil(h / 4), ceil(w / 4), C]
+
+    Raises InputError where shapes, types or devices do not fit together.
+    """
+    weights = {"neck_0": neck_0, "scale_1": scale_1, "shift_1": shift_1, "neck_2": neck_2}
+    weights |= {"scale_3": scale_3, "shift_3": shift_3, "net_2": net_2, "net_3": net_3}
+    _check(
+        patches.dim() == 4 and 0 not in patches.shape[1:],
+        f"compress: patches must be [B, h, w, D] with h, w and D at least 1, got {list(patches.shape)}",
+    )
+    neck = neck_0.shape[0]
+    wanted = {name: [neck] for name in ("scale_1", "shift_1", "scale_3", "shift_3")}
+    wanted |= {"neck_0": [neck, patches.shape[3], 1, 1], "neck_2": [neck, neck, 3, 3]}
+    wanted |= {"net_2": [net_2.shape[0], neck, 3, 3], "net_3": [net_3.shape[0], net_2.shape[0], 3, 3]}
+    for name, tensor in weights.items():
+        _check(list(tensor.shape) == wanted[name], f"compress: {name} must be {wanted[name]}, got {list(tensor.shape)}")
+    _check_same_kind("compress", patches=patches, **weights)
+    inputs = [tensor.contiguous() for tensor in (patches, *weights.values())]
+    compressed: Tensor = torch.ops.optmem.compress(*inputs)
+    return compressed
+
+
+@torch.library.impl(library, "compress", "CompositeExplicitAutograd")
+def _compress(*inputs: Tensor) -> Tensor:
+    return reference.compress(*inputs)
+
+
+@torch.library.register_fake("optmem::compress")
+def _compress_fake(patches: Tensor, *weights: Tensor) -> Tensor:
+    num_grids, height, width, _ = patches.shape
+    return patches.new_empty((num_grids, (height + 3) // 4, (width + 3) // 4, weights[-1].shape[0]))
+
+
+_differentiate("compress", reference.compress)
+_described.append(lambda: Implementation("compress", "cpu", "reference", "plain torch, where a convolution is already good"))
+_described.append(lambda: Implementation("compress", "cuda", "reference", "plain torch, where a convolution is already good"))

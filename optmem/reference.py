@@ -84,3 +84,101 @@ def project_patches(images: Tensor, weight: Tensor, bias: Tensor, positions: Ten
     patches = images.reshape(num_pages, height // 16, 16, width // 16, 16, channels)
     patches = patches.permute(0, 1, 3, 5, 2, 4).flatten(3)  # [B, H / 16, W / 16, C * 256], the weight's order
     return torch.nn.functional.linear(patches, weight.flatten(1), bias) + positions
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------------
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """At least fp32 inside, then rounded to the type that it came in."""
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(logits.dtype)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    """Every query sees the first keys and all up to its own place.  Shapes as in ops.attention."""
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    groups = query.shape[2] // key.shape[2]
+    q = query.transpose(1, 2)  # [B, H, T, d]
+    k, v = (tensor.repeat_interleave(groups, 2).transpose(1, 2) for tensor in (key, value))
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    logits = logits.masked_fill(~attention_mask(num_queries, num_keys, prefix, query.device), -torch.inf)
+    return (_softmax(logits) @ v).transpose(1, 2)
+
+
+def attention_mask(num_queries: int, num_keys: int, prefix: int, device: torch.device) -> Tensor:
+    """True where query i, the last of which stands at the last key, sees key j: bool [T, S]."""
+    place = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)
+    return (key < prefix) | (key <= place)
+
+
+def relative_rows(table: Tensor) -> Tensor:
+    """Row [i, j] is the table's for query i and key j: [2 K - 1, d] -> [K, K, d]."""
+    side = (table.shape[0] + 1) // 2
+    place = torch.arange(side, device=table.device)
+    return table[place[:, None] - place + side - 1]
+
+
+def global_attention(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    """Attention over a grid; query and key are also apart by rows and columns.  Shapes as in ops.global_attention."""
+    num_grids, height, width, channels = qkv.shape
+    head_dim = rel_pos_h.shape[1]
+    q, k, v = qkv.view(num_grids, height * width, 3, -1, head_dim).permute(2, 0, 3, 1, 4)  # [B, heads, h * w, d]
+    on_grid = q.unflatten(2, (height, width))
+    by_row = torch.einsum("bnhwd,hkd->bnhwk", on_grid, relative_rows(rel_pos_h))  # of the q that is not scaled
+    by_column = torch.einsum("bnhwd,wkd->bnhwk", on_grid, relative_rows(rel_pos_w))
+    bias = by_row[..., None] + by_column[..., None, :]  # [B, heads, h, w, h, w]
+    logits = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.flatten(4).flatten(2, 3)
+    return (_softmax(logits) @ v).transpose(1, 2).reshape(num_grids, height, width, channels // 3)
+
+
+def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    """global_attention inside windows; what a window has beyond the grid holds the bias.  Shapes as in ops.window_attention."""
+    num_grids, height, width, _ = qkv.shape
+    window = (rel_pos_h.shape[0] + 1) // 2
+    windows = to_windows(qkv, bias, window)
+    mixed = global_attention(windows.flatten(0, 2), rel_pos_h, rel_pos_w)
+    rows, columns = windows.shape[1:3]
+    mixed = mixed.view(num_grids, rows, columns, window, window, -1).transpose(2, 3)
+    return mixed.reshape(num_grids, rows * window, columns * window, -1)[:, :height, :width].contiguous()
+
+
+def to_windows(qkv: Tensor, bias: Tensor, window: int) -> Tensor:
+    """[B, h, w, C] to [B, rows, columns, window, window, C], continued to the right and below with the bias [C].
+
+    The family pads after the norm and masks nothing: a projected zero is the projection's bias, and takes part as a key.
+    """
+    num_grids, height, width, channels = qkv.shape
+    rows, columns = -(-height // window), -(-width // window)
+    padded = bias.expand(num_grids, rows * window, columns * window, channels).clone()
+    padded[:, :height, :width] = qkv
+    return padded.view(num_grids, rows, window, columns, window, channels).transpose(2, 3).contiguous()
+
+
+# --- compress -----------------------------------------------------------------------------------------------------------------
+
+NECK_EPS = 1e-6
+
+
+def compress(
+    patches: Tensor,
+    neck_0: Tensor,
+    scale_1: Tensor,
+    shift_1: Tensor,
+    neck_2: Tensor,
+    scale_3: Tensor,
+    shift_3: Tensor,
+    net_2: Tensor,
+    net_3: Tensor,
+) -> Tensor:
+    """The neck, then two convolutions of stride 2 with nothing between them.  Shapes as in ops.compress."""
+    x = torch.nn.functional.linear(patches, neck_0.flatten(1))  # a 1 x 1 convolution
+    x = torch.nn.functional.layer_norm(x, x.shape[3:], scale_1, shift_1, NECK_EPS)
+    x = _convolve(x, neck_2, stride=1)
+    x = torch.nn.functional.layer_norm(x, x.shape[3:], scale_3, shift_3, NECK_EPS)
+    return _convolve(_convolve(x, net_2, stride=2), net_3, stride=2).contiguous()
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """A 3 x 3 convolution with padding 1 of [B, h, w, C]."""
+    return torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=1).permute(0, 2, 3, 1)

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/bind_decoder.h"
 #include "cpu/draw_text.h"
 #include "cpu/isa.h"
 #include "cpu/resample.h"
@@ -40,7 +41,8 @@ void draw_text(const Array<uint8_t>& ink, const Array<int32_t>& glyphs, const Ar
 
 optmem::Resample resample_job(const Array<uint8_t>& images, Array<uint8_t>& out) {
   optmem::check(images.ndim() == 4 && out.ndim() == 4, "resample: images and out must be [N, H, W, C]");
-  optmem::check(images.shape(0) == out.shape(0) && images.shape(3) == out.shape(3), "resample: images and out must agree in N and C");
+  optmem::check(images.shape(0) == out.shape(0) && images.shape(3) == out.shape(3),
+                "resample: images and out must agree in N and C");
   for (int side : {1, 2}) {
     optmem::check(images.shape(side) > 0 && out.shape(side) > 0, "resample: a side must have at least one pixel");
     optmem::check(images.shape(side) <= optmem::kResampleMaxSide && out.shape(side) <= optmem::kResampleMaxSide,
@@ -80,4 +82,5 @@ PYBIND11_MODULE(_cpu, m) {
         "The arithmetic of the CUDA kernel, one value at a time.");
   m.def("resample_coefficients", &resample_coefficients, py::arg("size_in"), py::arg("size_out"),
         "Bounds int32 [out, 2] and weights int32 [out, taps] of one axis.");
+  bind_decoder(m);
 }
