@@ -11,10 +11,14 @@ help:
 	@echo "make test   all tests        make lint   ruff, format, mypy     make gate   kernels for GPUs, compiled here"
 	@echo "make bench  speed ratios     make asan   C++ under sanitizers   make wheel-test   the wheel in a clean venv"
 
-# torch first and by its pin: resolved later it would come as a build for another machine.
+# torch first and by its pin.  Where pip would choose a build with gigabytes of CUDA libraries, TORCH_OPTIONS says where the CPU build is.
 .venv/.packages: constraints.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "optmem needs Python 3.11 or later: make PYTHON=python3.12"; exit 1; }
+	@command -v c++ > /dev/null || { echo "no C++ compiler: apt-get install g++"; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig as s; sys.exit(not pathlib.Path(s.get_path("include"), "Python.h").exists())' \
+		|| { echo "no Python.h: apt-get install python3-dev"; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv || { echo "no venv: apt-get install python3-venv"; exit 1; }
+	$(INSTALL) $(TORCH_OPTIONS) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(INSTALL) setuptools wheel pybind11
 	OPTMEM_NATIVE=0 $(INSTALL) --no-build-isolation -e ".[dev,pdf]"
 	@touch $@

@@ -27,9 +27,8 @@ def pages_of(cell: str):
 def job_of(pages):
     """The arguments of ops.draw_text for pages of one atlas, as optmem.pages.page makes them."""
     table = pages[0].store.table()
-    inked = [page.placements[~table.blank[page.placements[:, 0]]] for page in pages]
-    starts = np.cumsum([0, *map(len, inked)], dtype=np.int64)
-    arrays = (table.ink, table.glyphs, np.concatenate(inked), starts)
+    starts = np.cumsum([0, *(len(page.placements) for page in pages)], dtype=np.int64)
+    arrays = (table.ink, table.stamps, np.concatenate([page.placements for page in pages]), starts)
     return (*map(torch.from_numpy, arrays), pages[0].height, pages[0].width)
 
 
@@ -82,6 +81,18 @@ def bench_optmem(benchmark, case, threads):
     torch.set_num_threads(threads)
     try:
         benchmark(ops.draw_text, *job)
+    finally:
+        torch.set_num_threads(before)
+
+
+def bench_draw_pages(benchmark, case):
+    """What a user calls: placements gathered, pages drawn, images handed out."""
+    cell, pages, _, _ = case
+    note(benchmark, cell, pages)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        benchmark(draw_pages, pages)
     finally:
         torch.set_num_threads(before)
 

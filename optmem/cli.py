@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import sys
 from collections.abc import Iterable
@@ -15,13 +16,16 @@ from tqdm import tqdm
 from optmem import __version__, env
 from optmem.config import Cell, Kind, PageConfig, Style
 from optmem.demo import run_demo
-from optmem.errors import InputError, OptmemError, SourceNotFoundError
+from optmem.errors import InputError, OptmemError, OutputError, SourceNotFoundError
 from optmem.pages import Page, draw_pages, lay_out, read_source
 from optmem.pixels import MODES
 from optmem.text.count import estimate_tokens
 
 T = TypeVar("T")
-SUFFIXES: dict[str, Kind] = {".md": "markdown", ".markdown": "markdown", ".txt": "text", ".json": "chat"}
+CODE = (
+    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .jsx .ts .tsx .sh .sql .toml .yaml .yml .css .html .xml .rb .php .lua .zig"
+)
+SUFFIXES: dict[str, Kind] = {".md": "markdown", ".markdown": "markdown", ".json": "chat", **dict.fromkeys(CODE.split(), "code")}
 PAGES_AT_ONCE = 64
 DEFAULTS = PageConfig()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -70,7 +74,10 @@ def parse_chat(text: str, file: str) -> Any:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON that can be read ({error}); name another --kind to draw it as text") from None
-    return found["messages"] if isinstance(found, dict) and "messages" in found else found
+    messages = found["messages"] if isinstance(found, dict) and "messages" in found else found
+    if not isinstance(messages, list):
+        raise InputError(f"{file} is JSON but not a list of messages; draw it as text with --kind text")
+    return messages
 
 
 def describe_page(page: Page, file: Path) -> dict[str, Any]:
@@ -92,6 +99,8 @@ def save_pages(pages: list[Page], folder: Path, stem: str) -> list[dict[str, Any
     """Writes a PNG for every page, a batch at a time, and returns their descriptions."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{glob.escape(stem)}-*-[0-9][0-9][0-9][0-9].png"):
+            stale.unlink()  # a longer run before this one must not leave its last pages beside ours
         described = []
         batches = [pages[start : start + PAGES_AT_ONCE] for start in range(0, len(pages), PAGES_AT_ONCE)]
         watched = iter(progress(range(len(pages)), len(pages), "drawing"))
@@ -102,7 +111,7 @@ def save_pages(pages: list[Page], folder: Path, stem: str) -> list[dict[str, Any
                 described.append(describe_page(page, file))
                 next(watched)
     except OSError as error:
-        raise SourceNotFoundError(f"cannot write to {folder}: {error.strerror or error}") from None
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from None
     return described
 
 
@@ -145,7 +154,7 @@ def render(
     """Draw FILE (or - for stdin) as pages: text, Markdown, code, or a chat as JSON."""
     if mode is not None and size is not None:
         raise click.UsageError("--mode and --size both set the size of a page: give one")
-    side = MODES[mode].size if mode is not None else size or DEFAULTS.height
+    side = MODES[mode].size if mode is not None else DEFAULTS.height if size is None else size
     config = PageConfig(style, side, side, cell, font_size)
     kind = kind or SUFFIXES.get(Path(file).suffix.lower(), "text")
     text = read_input(file)

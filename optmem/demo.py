@@ -87,4 +87,6 @@ def _draw(name: str, stem: str, source: Source, kind: Kind) -> Drawn:
 def run_demo(texts: Mapping[str, str]) -> list[Drawn]:
     """The sample chat and every text (Markdown, by its name) drawn in every form."""
     drawn = [_draw("a sample chat", "chat", sample_chat(), "chat")]
-    return drawn + [_draw(name, Path(name).stem, text, "markdown") for name, text in texts.items()]
+    for number, (name, text) in enumerate(texts.items(), start=1):
+        drawn.append(_draw(name, f"{number}-{Path(name).stem}", text, "markdown"))
+    return drawn

@@ -5,6 +5,7 @@
     │   ├── ImageError                 a picture or PDF that cannot be read, or is too large to be read safely
     │   └── CheckpointError            a model's files that are damaged, incomplete, unsafe or not of a known model
     ├── SourceNotFoundError            a file or folder that is not there, or may not be read
+    ├── OutputError                    a file or folder that cannot be written
     ├── MissingDependencyError         an optional package that this call needs
     └── BackendError                   the device or the native module that this call needs is not here
 
@@ -37,6 +38,12 @@ class SourceNotFoundError(OptmemError):
     """A file or folder that is not there, or may not be read."""
 
     exit_code = 66
+
+
+class OutputError(OptmemError):
+    """A file or folder that cannot be written."""
+
+    exit_code = 73
 
 
 class MissingDependencyError(OptmemError, ImportError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
-from optmem.errors import BackendError
+from optmem.errors import BackendError, InputError
 
+log = logging.getLogger(__name__)
 ModuleName = Literal["_cpu", "_cuda"]
 
 
@@ -34,5 +37,18 @@ def native(name: ModuleName) -> NativeModule:
     try:
         module = import_module(f"optmem.{name}")
     except ImportError as error:
-        return NativeModule(name, None, str(error) or "not built")
+        reason = re.sub(r"\S*/", "", str(error)) or "not built"  # no paths of this machine
+        if name == "_cpu":
+            log.warning("optmem._cpu is not here (%s): slow plain torch serves its operators", reason)
+        return NativeModule(name, None, reason)
+    if name == "_cpu":
+        _check_isa(module)
     return NativeModule(name, module, "built")
+
+
+def _check_isa(cpu: ModuleType) -> None:
+    """OPTMEM_ISA is read at first use; a value that this machine cannot have is the user's to mend, not to be passed over."""
+    try:
+        cpu.isa()
+    except ValueError as error:
+        raise InputError(f"OPTMEM_ISA: {error}") from None

@@ -1,7 +1,9 @@
 """The styles dense and packed: what is drawn can be read back, from symbols and from pixels, and every cell knows its source."""
 
+import pickle
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -158,6 +160,33 @@ def test_characters_no_font_has_are_named():
     assert "U+1F9FF" in symbols.plain("".join(c for c in symbols_of([page]) if 0xE020 <= ord(c) < 0xE080))
 
 
+def test_what_pixels_cannot_tell_apart_the_text_still_can():
+    """Letters of other scripts that the font draws alike: the claim of pixels ends here, that of symbols does not."""
+    greek, cyrillic = paginate("Α")[0], paginate("А")[0]
+    assert (greek.image() == cyrillic.image()).all()
+    assert greek.text() != cyrillic.text()
+    assert symbols_of([greek]) != symbols_of([cyrillic])
+    assert greek.id != cyrillic.id
+
+
+def test_a_lookalike_is_escaped_but_not_missing():
+    (page,) = paginate("a\u2015b")  # a horizontal bar, which the font draws like an em dash
+    assert page.missing == ()
+    assert "U+2015" in symbols.plain("".join(c for c in symbols_of([page]) if 0xE020 <= ord(c) < 0xE080))
+
+
+def test_pages_travel_between_processes():
+    page = paginate("naïve – 漢")[0]
+    for copy in (pickle.loads(pickle.dumps(page)), deepcopy(page)):
+        assert copy.id == page.id
+        assert (copy.image() == page.image()).all()
+
+
+def test_many_distinct_escapes_are_laid_out_in_linear_time():
+    text = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    assert "".join(page.text() for page in paginate(text)) == text
+
+
 def test_text_cannot_imitate_a_label():
     forged = paginate("[user]\nhi\n")[0]
     real = paginate([{"role": "user", "content": "hi"}])[0]
@@ -175,7 +204,10 @@ def test_text_cannot_imitate_a_label():
         {"size": 63},
         {"size": 10**6},
         {"size": (512, 1.5)},
-        {"size": True},
+        {"size": "512"},
+        {"size": None},
+        {"size": (512, 512, 3)},
+        {"kind": ""},
         {"kind": "pdf"},
         {"kind": "chat"},
     ],

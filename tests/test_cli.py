@@ -94,9 +94,11 @@ def test_render_draws_a_chat(run, tmp_path):
         (("render", "-", "--kind", "chat"), b"{", 65, "is not JSON that can be read"),
         (("render", "-", "--kind", "chat"), b"[" * 100000, 65, "is not JSON that can be read"),
         (("render", "-", "--kind", "chat"), b"[1]", 65, "message 0 must be a mapping"),
+        (("render", "-", "--size", "0"), b"x", 65, "a side of a page must be 64 to 8192 pixels, got 0"),
+        (("render", "-", "--kind", "chat"), b'{"name": "x"}', 65, "not a list of messages; draw it as text with --kind text"),
         (("render", "-", "--size", "10"), b"x", 65, "a side of a page must be 64 to 8192 pixels, got 10"),
         (("render", "-", "--size", "512", "--mode", "tiny"), b"x", 2, "give one"),
-        (("render", "-", "-o", "/proc/none"), b"x", 66, "cannot write to /proc/none"),
+        (("render", "-", "-o", "/proc/none"), b"x", 73, "cannot write to /proc/none"),
         (("render",), b"", 2, "Missing argument"),
         (("nonsense",), b"", 2, "No such command"),
     ],
@@ -114,9 +116,10 @@ def test_demo_says_what_pages_cost(run, tmp_path):
     assert code == 0
     chat, note = json.loads(out)
     assert note["source"] == "note.md"
-    for form in chat["forms"] + note["forms"]:
-        assert form["fed_tokens"] > form["vision_tokens"] > 0
-        assert form["ratio"] == pytest.approx(0, abs=30)
+    for drawn in (chat, note):
+        for form in drawn["forms"]:
+            assert form["fed_tokens"] > form["vision_tokens"] > 0
+            assert form["ratio"] == pytest.approx(drawn["text_tokens_estimated"] / form["fed_tokens"], abs=0.01)
     assert len(list((tmp_path / "pages").glob("*.png"))) == len(chat["page_ids"]) + len(note["page_ids"])
 
 

@@ -59,6 +59,15 @@ def test_damaged_fonts_are_refused(tmp_path, data):
     assert str(tmp_path) not in str(caught.value)
 
 
+def test_a_damaged_system_font_is_passed_over(tmp_path, caplog):
+    path = tmp_path / "unifont.ttf"
+    path.write_bytes(b"junk")
+    assert not ScalableFont(path).covers(ord("a"))
+    assert "unifont.ttf is not a font" in caplog.text
+    with pytest.raises(InputError):
+        ScalableFont(path, is_shipped=True).covers(ord("a"))
+
+
 @pytest.mark.parametrize("size", [(16, 8), (8, 8), (12, 6), (8, 5), (16, 16)])
 def test_scaled_characters_fit_their_cell(size):
     height, width = size

@@ -33,6 +33,14 @@ def test_the_environment_caps_the_instruction_set():
     assert done.stdout.strip() == "plain"
 
 
+def test_an_instruction_set_that_cannot_be_had_is_one_sentence():
+    program = "from optmem.cli import main; main(['env'])"
+    env = os.environ | {"OPTMEM_ISA": "sse"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (65, "")
+    assert done.stderr.startswith("optmem: OPTMEM_ISA: the instruction set must be")
+
+
 @pytest.mark.skipif(native("_cuda").module is None, reason="optmem._cuda is not built: no nvcc here")
 def test_cuda_module_counts_devices_without_a_driver():
     assert native("_cuda").require().device_count() == torch.cuda.device_count()

@@ -6,7 +6,7 @@ trap 'rm -rf "$work"' EXIT
 root=$PWD
 pip="-m pip --quiet --disable-pip-version-check"
 .venv/bin/python $pip wheel --no-deps --no-build-isolation -w "$work" .
-python3 -m venv "$work/venv"
+.venv/bin/python -m venv "$work/venv"
 "$work/venv/bin/python" $pip install -c constraints.txt "torch==$(sed -n 's/^torch==//p' constraints.txt)"
 "$work/venv/bin/python" $pip install -c constraints.txt "$work"/optmem-*.whl
 cd "$work"
@@ -17,6 +17,10 @@ venv/bin/python - "$root" <<'PY'
 import sys
 import optmem
 assert not optmem.__file__.startswith(sys.argv[1]), "the wheel is tested, not the tree"
+from importlib.resources import files
+from optmem.native import native
+native("_cpu").require()
+assert files("optmem").joinpath("kernels/patch_embed.py").is_file()
 pages = optmem.paginate("wheel\n")
 assert pages[0].text() == "wheel\n"
 assert pages[0].image().shape == (512, 512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 from optmem.config import Cell, Kind, PageConfig, Style, check_choice
@@ -38,7 +39,7 @@ Source = str | Sequence[Mapping[str, Any]]
 def read_source(source: Source, kind: Kind | None = None, *, rich: bool, name: str = "text") -> list[Block]:
     """A source as blocks.  Where not `rich`, Markdown and code stay the text they are."""
     if isinstance(source, str):
-        kind = kind or "text"
+        kind = "text" if kind is None else kind
         check_choice("kind", kind, Kind)
         if kind == "chat":
             raise InputError("a chat is a list of messages, got a string: parse it first, or choose kind text, markdown or code")
@@ -56,6 +57,16 @@ def lay_out(blocks: Iterable[Block], config: PageConfig) -> list[Page]:
     if config.style == "document":
         return paginate_document(blocks, config.height, config.width, font_size=config.font_size)
     return paginate_cells(blocks, config.style, config.height, config.width, cell_atlas(config.cell))
+
+
+def _sides(size: object) -> tuple[int, int]:
+    """Height and width from one side or from both; NumPy's integers are integers too."""
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    try:
+        height, width = map(index, sides)
+    except (TypeError, ValueError):
+        raise InputError(f"size must be one side in whole pixels, or (height, width), got {size!r}") from None
+    return height, width
 
 
 def paginate(
@@ -77,9 +88,8 @@ def paginate(
     kind       of a string: "text", "markdown" or "code"; the styles dense and packed show all of them as they are
     name       the source id in the spans of lines; messages have their own ids
 
-    In dense and packed, the texts of the pages joined are exactly the text put in, and so is what the pixels say (`read_symbols`).
+    In dense and packed, the texts of the pages joined are exactly the string put in, and so are the symbols drawn (`read_symbols`).
     Raises InputError for a source or a setting that cannot be used.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    config = PageConfig(style, height, width, cell, font_size)
+    config = PageConfig(style, *_sides(size), cell, font_size)
     return lay_out(read_source(source, kind, rich=style == "document", name=name), config)

@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache, cached_property
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,15 @@ class GlyphTable(NamedTuple):
     ink: NDArray[np.uint8]  # [N]
     glyphs: NDArray[np.int32]  # [G, 3]: offset, height, width
     symbols: NDArray[np.uint32]  # [G]: the symbol each glyph shows
-    blank: NDArray[np.bool_]  # [G]: glyphs without ink, which need not be stamped
+    stamps: NDArray[np.int32]  # [G, 3]: the same, but glyphs without ink have no rows, so that nothing is stamped for them
+
+
+class Sequences(NamedTuple):
+    """Glyphs of several keys behind each other: those of i are glyphs[starts[i] : starts[i] + lengths[i]]."""
+
+    glyphs: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
 
 
 class GlyphStore:
@@ -41,6 +49,13 @@ class GlyphStore:
         self._blank: list[bool] = []
         self._table: GlyphTable | None = None
         self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A page can be sent to another process: everything but the lock goes with it."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=Lock())
 
     def add(self, symbol: str, ink: Ink) -> int:
         """Appends a glyph and returns its number."""
@@ -56,20 +71,20 @@ class GlyphStore:
         """Everything added so far."""
         with self._lock:
             if self._table is None:
-                self._table = GlyphTable(
-                    np.array(self._ink, dtype=np.uint8),
-                    np.array(self._rows, dtype=np.int32).reshape(-1, 3),
-                    np.array(self._symbols, dtype=np.uint32),
-                    np.array(self._blank, dtype=np.bool_),
-                )
+                glyphs = np.array(self._rows, dtype=np.int32).reshape(-1, 3)
+                stamps = np.where(np.array(self._blank, dtype=np.bool_)[:, None], np.int32(0), glyphs)
+                ink = np.array(self._ink, dtype=np.uint8)
+                self._table = GlyphTable(ink, glyphs, np.array(self._symbols, dtype=np.uint32), stamps)
             return self._table
 
 
-# Pictures of 5x7 that fit in the smallest cell: our marks, and the en dash, which monospaced fonts draw like the em dash.
+# Pictures of 5x7 that fit in the smallest cell: our marks, and two signs that monospaced fonts draw like others, the no-break
+# hyphen and the en dash.
 _PICTURES = {
     symbols.LINE_END: ("....#", "....#", "..#.#", ".##.#", "#####", ".##..", "..#.."),
     symbols.TAB: ("#....", "#.#..", "#..#.", "#####", "#..#.", "#.#..", "#...."),
     symbols.FILL: (".....", ".....", "#.#.#", ".....", "#.#.#", ".....", "....."),
+    "\u2011": (".....", ".....", "#...#", "#####", "#...#", ".....", "....."),
     "\u2013": (".....", ".....", ".....", "#####", "#####", ".....", "....."),
 }
 
@@ -155,6 +170,10 @@ class CellFont:
             return None
         return self._draw_fallback(code)
 
+    def covers(self, code: int) -> bool:
+        """Whether any font has this character, even if it is drawn as an escape because it looks like another."""
+        return code in self.bitmap.glyphs or any(font.covers(code) for font in self.fallback)
+
     def _draw_fallback(self, code: int) -> Ink | None:
         width = 2 * self.width if unicodedata.east_asian_width(chr(code)) in "WF" else self.width
         font = next((font for font in self.fallback if font.covers(code)), None)
@@ -197,7 +216,7 @@ class CellAtlas:
         return self._ours[symbol]
 
     def lookup(self, keys: Codes) -> NDArray[np.int32]:
-        """For every key its glyph, or a negative number that `sequence` knows."""
+        """For every key its glyph, or a negative number that `sequences` knows."""
         cells = self._cells[keys]
         unknown = cells == self._UNKNOWN
         if unknown.any():
@@ -208,9 +227,12 @@ class CellAtlas:
             cells = self._cells[keys]
         return cells
 
-    def sequence(self, cell: int) -> NDArray[np.int32]:
-        """The glyphs of a key that takes several cells."""
-        return self._sequences[-2 - cell]
+    def sequences(self) -> Sequences:
+        """The glyphs of all keys that take several cells; the negative number -2 - i stands for the i-th."""
+        with self._lock:
+            lengths = np.array([len(sequence) for sequence in self._sequences], dtype=np.int64)
+            glyphs = np.concatenate([np.empty(0, dtype=np.int32), *self._sequences])
+        return Sequences(glyphs, np.cumsum(lengths) - lengths, lengths)
 
     def wide_starts(self, glyphs: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Which glyphs are left halves of wide characters."""
@@ -222,7 +244,7 @@ class CellAtlas:
         ink = self.font.draw(key) if symbols.is_drawable(key) else None
         if ink is not None:
             return self._add_character(chr(key), ink)
-        if symbols.is_drawable(key):
+        if symbols.is_drawable(key) and not self.font.covers(key):
             self.missing.add(key)
         return self._add_sequence([self._ours[symbol] for symbol in symbols.escape(key)])
 

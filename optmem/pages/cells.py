@@ -3,8 +3,9 @@
     dense   a line end is drawn and breaks the row
     packed  a line end is drawn and the row goes on
 
-The end of the text is drawn as a block.  Nothing that a reader must say is invisible, so the text can be had back from the pixels
-alone: `read_symbols` of the symbols in reading order.
+The end of the text is drawn as a block.  Nothing that a reader must say is invisible: `read_symbols` of the symbols in reading
+order gives back the text, and the pixels alone give back the symbols of Latin text and signs.  Letters of two scripts that the
+fonts draw alike (Greek and Cyrillic A) are the exception.
 """
 
 from __future__ import annotations
@@ -68,15 +69,16 @@ def join_runs(blocks: Iterable[Block]) -> Text:
 def _expand(keys: NDArray[np.int64], atlas: CellAtlas) -> tuple[Ints, Ints]:
     """Cells of all characters, and the character of every cell; the end mark last."""
     cells = atlas.lookup(keys)
-    several = np.unique(cells[cells < 0])
     counts = np.ones(len(keys), dtype=np.int32)
-    for cell in several.tolist():
-        counts[cells == cell] = len(atlas.sequence(cell))
-    first = np.cumsum(counts) - counts
+    several = cells < 0
+    if several.any():
+        sequences = atlas.sequences()
+        counts[several] = sequences.lengths[-2 - cells[several]]
     glyphs = np.repeat(cells, counts)
-    for cell in several.tolist():
-        sequence = atlas.sequence(cell)
-        glyphs[first[cells == cell][:, None] + np.arange(len(sequence))] = sequence
+    parts = np.flatnonzero(glyphs < 0)
+    if len(parts):
+        within = parts - np.repeat(np.cumsum(counts) - counts, counts)[parts]
+        glyphs[parts] = sequences.glyphs[sequences.starts[-2 - glyphs[parts]] + within]
     sources = np.repeat(np.arange(len(keys), dtype=np.int32), counts)
     return np.append(glyphs, np.int32(atlas.mark(symbols.TEXT_END))), np.append(sources, np.int32(len(keys)))
 

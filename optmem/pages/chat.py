@@ -17,19 +17,21 @@ from optmem.pages.markdown import read_markdown
 Message = Mapping[str, Any]
 
 
+_ESCAPED = str.maketrans({char: f"\\x{ord(char):02x}" for char in "[]|"})
+# Fields of a message that its label or its body says; every other field that says something is drawn by its name.
+_READ = {"role", "content", "name", "id", "tool_call_id", "timestamp", "created_at", "tool_calls"}
+MAX_DEPTH = 32  # parts inside parts
+
+
 def label(*words: object) -> Block:
     """A line of ours in brackets.  It holds printable ASCII only; anything else in a name is written as its escape."""
-    said = " ".join(str(word) for word in words if word)
-    plain = said.encode("unicode_escape").decode("ascii").replace("[", "(").replace("]", ")")
-    return Block("label", (Run(f"[{plain}]\n", None, Look.LABEL),))
+    said = (str(word).encode("unicode_escape").decode("ascii").translate(_ESCAPED) for word in words if word not in (None, ""))
+    return Block("label", (Run(f"[{' | '.join(said)}]\n", None, Look.LABEL),))
 
 
 def verbatim(text: str, source: str, kind: Literal["verbatim", "code"] = "verbatim") -> Block:
-    """Text as it stands, closed by a line end of ours where it has none."""
-    runs = [Run(text, Span(source, 0, len(text)))]
-    if not text.endswith("\n"):
-        runs.append(Run("\n"))
-    return Block(kind, tuple(runs))
+    """Text as it stands, closed by a line end of ours, so that one of its own stays visible."""
+    return Block(kind, (Run(text, Span(source, 0, len(text))), Run("\n")))
 
 
 def read_messages(messages: object, *, rich: bool) -> list[Block]:
@@ -49,17 +51,21 @@ def _read_message(index: int, message: Message, rich: bool) -> Iterator[Block]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise InputError(f"message {index} has no role: give a string such as 'user', 'assistant', 'system' or 'tool'")
-    source = str(message.get("id") or f"message-{index}")
+    given = message.get("id")
+    source = f"message-{index}" if given in (None, "") else str(given)
     yield label(role, message.get("name"), message.get("tool_call_id"), _when(message))
     content = message.get("content")
     if isinstance(content, str):
         yield from _say(content, source, rich)
     elif isinstance(content, Sequence):
-        for k, part in enumerate(content):
-            yield from _read_part(part, f"{source}/{k}", rich)
+        yield from _read_parts(content, source, rich, 0)
     elif content is not None:
         raise InputError(f"the content of message {index} must be a string or a list of parts, got {type(content).__name__}")
     yield from _read_calls(message.get("tool_calls") or (), source)
+    for field, value in message.items():
+        if field not in _READ and value not in (None, "", [], {}):
+            yield label("field", field)
+            yield _draw_value(value, f"{source}/{field}")
 
 
 def _when(message: Message) -> str | None:
@@ -76,7 +82,19 @@ def _say(text: str, source: str, rich: bool) -> Iterable[Block]:
     return read_markdown(text, source) if rich else (verbatim(text, source),)
 
 
-def _read_part(part: object, source: str, rich: bool) -> Iterator[Block]:
+def _draw_value(value: object, source: str) -> Block:
+    """Text as it is, anything else as JSON."""
+    return verbatim(value if isinstance(value, str) else _json(value, source), source, "code")
+
+
+def _read_parts(parts: Sequence[object], source: str, rich: bool, depth: int) -> Iterator[Block]:
+    if depth > MAX_DEPTH:
+        raise InputError(f"{source} has parts nested deeper than {MAX_DEPTH}")
+    for k, part in enumerate(parts):
+        yield from _read_part(part, f"{source}/{k}", rich, depth)
+
+
+def _read_part(part: object, source: str, rich: bool, depth: int) -> Iterator[Block]:
     """One part of a message's content.  A part that is not text is named by a label, so that its absence shows."""
     if isinstance(part, str):
         yield from _say(part, source, rich)
@@ -91,31 +109,34 @@ def _read_part(part: object, source: str, rich: bool) -> Iterator[Block]:
         yield from _say(_string(part, "thinking" if kind == "thinking" else "text", source), source, rich)
     elif kind == "tool_use":
         yield label("tool call", part.get("name"), part.get("id"))
-        yield verbatim(_json(part.get("input"), source), source, "code")
+        yield _draw_value(part.get("input"), source)
     elif kind == "tool_result":
         yield label("tool result", part.get("tool_use_id"), "error" if part.get("is_error") else None)
-        result = part.get("content")
-        inner = [result] if isinstance(result, str) else result or ()
-        for k, piece in enumerate(inner):
-            yield from _read_part(piece, f"{source}/{k}", False)
+        yield from _read_result(part.get("content"), source, depth)
     elif kind in ("image", "image_url", "input_image"):
         yield label("image, not drawn on this page", part.get("uuid"))
     else:
         yield label("part of type", kind)
-        yield verbatim(_json(part, source), source, "code")
+        yield _draw_value(part, source)
+
+
+def _read_result(result: object, source: str, depth: int) -> Iterator[Block]:
+    if isinstance(result, list | tuple):
+        yield from _read_parts(result, source, False, depth + 1)
+    elif result is not None:
+        yield _draw_value(result, source)
 
 
 def _read_calls(calls: object, source: str) -> Iterator[Block]:
     if not isinstance(calls, Sequence):
         raise InputError(f"tool_calls of {source} must be a list, got {type(calls).__name__}")
     for k, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping):
-            raise InputError(f"tool call {k} of {source} must be a mapping with a function that has a name and arguments")
-        yield label("tool call", function.get("name"), call.get("id"))
-        arguments = function.get("arguments", "")
-        text = arguments if isinstance(arguments, str) else _json(arguments, source)
-        yield verbatim(text, f"{source}/tool_calls/{k}", "code")
+        if not isinstance(call, Mapping):
+            raise InputError(f"tool call {k} of {source} must be a mapping, got {type(call).__name__}")
+        called = next((call[kind] for kind in ("function", "custom") if isinstance(call.get(kind), Mapping)), None)
+        yield label("tool call", called and called.get("name"), call.get("id"))
+        arguments = call if called is None else called.get("arguments", called.get("input", ""))
+        yield _draw_value(arguments, f"{source}/tool_calls/{k}")
 
 
 def _string(part: Message, key: str, source: str) -> str:

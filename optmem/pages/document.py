@@ -105,7 +105,7 @@ class _Setter:
         return replace(
             band,
             height=max(band.height, top + face.line_height),
-            lines=(Line(marker.text + first.text, first.box, first.spans), *band.lines[1:]),
+            lines=(Line(marker.text + first.text, first.box._replace(left=left), first.spans), *band.lines[1:]),
             placements=np.concatenate([placements, band.placements]),
             sources=np.concatenate([marker.sources[: len(placements)], band.sources + np.int32(len(marker.text))]),
         )

@@ -6,6 +6,8 @@ other.  Fonts are looked up in a fixed order, the package's own first, then what
 
 from __future__ import annotations
 
+import logging
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from PIL import ImageFont
 
 from optmem.errors import InputError
 
+log = logging.getLogger(__name__)
 Ink = NDArray[np.uint8]  # coverage, [height, width], 255 is black
 
 SHIPPED = Path(__file__).parent.parent / "fonts"
@@ -136,11 +139,11 @@ def _format4(data: bytes, table: int) -> Iterator[tuple[int, int]]:
 def read_coverage(path: Path) -> NDArray[np.bool_]:
     """For every code point whether the font has a glyph for it, read from its character map."""
     covered = np.zeros(0x110000, dtype=np.bool_)
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         for first, last in _segments(data, _tables(data)[b"cmap"]):
             covered[first : last + 1] = True
-    except (struct.error, KeyError):
+    except (struct.error, KeyError, OSError):
         raise InputError(
             f"{path.name} is not a TrueType or OpenType font with a readable character map; remove it or replace it"
         ) from None
@@ -152,11 +155,19 @@ class ScalableFont:
     """A TrueType or OpenType font.  Basic layout is pinned: pages must not depend on which shaping library is installed."""
 
     path: Path
+    is_shipped: bool = False
 
     @cached_property
     def coverage(self) -> NDArray[np.bool_]:
-        """For every code point whether the font has a glyph for it."""
-        return read_coverage(self.path)
+        """For every code point whether the font has a glyph for it.  A damaged font of the system has none; ours raises."""
+        try:
+            _load(self.path, 16)
+            return read_coverage(self.path)
+        except InputError as error:
+            if self.is_shipped:
+                raise
+            log.warning("%s; it is passed over", error)
+            return np.zeros(0x110000, dtype=np.bool_)
 
     def covers(self, code: int) -> bool:
         """Whether the font has a glyph for this code point."""
@@ -178,14 +189,15 @@ def _load(path: Path, size: int) -> ImageFont.FreeTypeFont:
 @cache
 def shipped_font(name: str) -> ScalableFont:
     """A scalable font of the package: DejaVuSans, DejaVuSans-Bold or DejaVuSansMono."""
-    return ScalableFont(SHIPPED / f"{name}.ttf")
+    return ScalableFont(SHIPPED / f"{name}.ttf", is_shipped=True)
 
 
 @cache
 def system_fonts() -> tuple[ScalableFont, ...]:
     """The fonts of SYSTEM_FONTS that this machine has, in that order."""
     found: dict[str, Path] = {}
+    home = os.environ.get("HOME", "")
     for folder in SYSTEM_FOLDERS:
-        for path in sorted(Path(folder).expanduser().rglob("*.[ot]t[fc]")):
+        for path in sorted(Path(folder.replace("~", home)).rglob("*.[ot]t[fc]")):
             found.setdefault(path.name, path)
     return tuple(ScalableFont(found[name]) for name in SYSTEM_FONTS if name in found)

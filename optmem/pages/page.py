@@ -53,14 +53,18 @@ class Page:
     height: int
     width: int
     lines: tuple[Line, ...]
-    missing: tuple[str, ...]  # characters that no font has, drawn as their escape
+    missing: tuple[str, ...]  # characters that no font here has, drawn as their escape
     store: GlyphStore = field(repr=False)
     placements: NDArray[np.int32] = field(repr=False)  # [n, 3]: glyph of the store, top, left
     sources: NDArray[np.int32] = field(repr=False)  # [n]: as in Characters
     fills: tuple[tuple[Box, int], ...] = ()  # rectangles and their ink, 255 is black
 
     def text(self) -> str:
-        """Exactly the text that the page shows; in the styles dense and packed, exactly the text that was put in."""
+        """The text that the page shows; in the styles dense and packed, exactly the string that was put in.
+
+        In a document a line that wraps keeps the space it wrapped at, every block ends with a line end, bullets read "- ", and the
+        rules between the cells of a table read " | ".
+        """
         return "".join(line.text for line in self.lines)
 
     def image(self) -> NDArray[np.uint8]:
@@ -86,10 +90,9 @@ class Page:
 def _draw_group(pages: Sequence[Page]) -> NDArray[np.uint8]:
     """Pages that share a store and a size, in one call."""
     table = pages[0].store.table()
-    inked = [page.placements[~table.blank[page.placements[:, 0]]] for page in pages]
-    starts = np.cumsum([0, *map(len, inked)], dtype=np.int64)
-    placements = np.concatenate(inked)
-    ink, glyphs, places, cuts = map(torch.from_numpy, (table.ink, table.glyphs, placements, starts))
+    starts = np.cumsum([0, *(len(page.placements) for page in pages)], dtype=np.int64)
+    placements = np.concatenate([page.placements for page in pages])
+    ink, glyphs, places, cuts = map(torch.from_numpy, (table.ink, table.stamps, placements, starts))
     return ops.draw_text(ink, glyphs, places, cuts, pages[0].height, pages[0].width).numpy()
 
 
