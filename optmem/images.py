@@ -9,27 +9,42 @@ from __future__ import annotations
 import io
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import ExifTags, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.Image import Image as Picture
+from PIL.Image import Transpose
 
 from optmem.errors import ImageError, InputError, MissingDependencyError, OptmemError, SourceNotFoundError
 from optmem.ops import MAX_SIDE
 
 Pixels = NDArray[np.uint8]  # [H, W] grey or [H, W, 3] RGB, C-contiguous
+Result = TypeVar("Result")
 
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 512 * 2**20
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 FORMATS = "PNG, JPEG or WebP"
+DAMAGED = f"is damaged, incomplete or holds what {FORMATS} does not allow"
+PDF = b"%PDF-"
+READ_BYTES = 2**20  # at once: read(n) sets n bytes aside before it knows how many there are
+UPRIGHT = {  # by EXIF's orientation
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +70,24 @@ def as_image(source: object, *, name: str | None = None, max_pixels: int = MAX_P
     whose method image() gives one of these.  Grey stays grey; transparency is laid on white; EXIF orientation is applied.
 
     Raises ImageError where it cannot be read or is too large, SourceNotFoundError where there is no such file, and InputError where
-    it is no picture at all.
+    it is no picture at all or max_pixels is no whole number.
     """
+    _check_max_pixels(max_pixels)
     name = printable(name or _name_of(source) or "image")
-    if isinstance(source, (str, os.PathLike)):
-        with _open(Path(source), name) as file:
-            return _read_file(file, name, max_pixels)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _read_file(io.BytesIO(source), name, max_pixels)
+    data = _content(source, name)
+    if data is not None:
+        return _decode(data, name, max_pixels)
     if isinstance(source, Picture):
-        return _guarded(lambda: _from_picture(source, name, max_pixels), name)
+        return _guarded(lambda: _from_picture(source, name, max_pixels), name, DAMAGED)
     if isinstance(source, torch.Tensor):
         return _from_array(_tensor_as_array(source, name), name, max_pixels)
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels)
-    if callable(getattr(source, "image", None)):
-        return as_image(source.image(), name=name, max_pixels=max_pixels)  # type: ignore[attr-defined]
-    if callable(getattr(source, "read", None)):
-        return _read_file(_read_all(cast(BinaryIO, source), name), name, max_pixels)
+    if _has(source, "image"):
+        given = source.image()  # type: ignore[attr-defined]
+        if _has(given, "image"):  # perhaps itself, for ever
+            raise InputError(f"{name}: image() must give a picture, got {type(given).__name__}, which has a method image() again")
+        return as_image(given, name=name, max_pixels=max_pixels)
     raise InputError(f"{name}: a picture is a path, bytes, a file, a PIL image or a uint8 array, got {type(source).__name__}")
 
 
@@ -81,27 +96,33 @@ def load_images(
 ) -> Iterator[LoadedImage]:
     """The pictures of a file, a folder (sorted by name), a PDF (page by page), or of an iterable of these, one at a time.
 
-    Nothing is read before it is asked for and nothing is kept.  on_error="yield" gives a bad picture as an item with its error and
-    goes on; "raise" raises it.  A generator's own exceptions pass through.
+    A PDF is a path, bytes or a binary file, as any picture is.  Nothing is read before it is asked for and nothing is kept.
+    on_error="yield" gives what cannot be read (a picture, a page, a PDF, an empty folder) as an item with its error and goes on;
+    "raise" raises it.  A generator's own exceptions pass through.
     """
     if on_error not in ("raise", "yield"):
         raise InputError(f"on_error must be raise or yield, got {on_error!r}")
-    if not (math.isfinite(dpi) and 1 <= dpi <= 2400):
-        raise InputError(f"dpi must be 1 to 2400, got {dpi}")
-    for name, load in _jobs(source, dpi, max_pixels):
-        try:
-            item = LoadedImage(name, load())
-        except OptmemError as error:
+    if not (isinstance(dpi, (int, float, np.integer, np.floating)) and 1 <= dpi <= 2400):
+        raise InputError(f"dpi must be 1 to 2400, got {dpi!r}")
+    _check_max_pixels(max_pixels)
+    for item in _items(source, float(dpi), max_pixels):
+        if item.error is not None:
             if on_error == "raise":
-                raise
-            item = LoadedImage(name, None, error)
+                raise item.error
+            item.error.__context__ = None
+            item.error.__traceback__ = None  # its frames hold the file and the half-read picture
         yield item
         del item  # so that the caller alone decides how long the pixels live
 
 
+def is_whole(value: object) -> bool:
+    """Whether a setting is a whole number: an int, also one of NumPy's, and no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def printable(name: str) -> str:
     """A name as it may stand in a message: without folders, and escaped where it holds control characters."""
-    last = name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    last = name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or name
     return last if last.isprintable() else ascii(last)
 
 
@@ -111,6 +132,27 @@ def printable(name: str) -> str:
 def _name_of(source: object) -> str | None:
     given = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None) or getattr(source, "filename", None)
     return os.fsdecode(given) if isinstance(given, (str, bytes, os.PathLike)) else None
+
+
+def _has(source: object, method: str) -> bool:
+    return callable(getattr(source, method, None))
+
+
+def _check_max_pixels(max_pixels: int) -> None:
+    if not (is_whole(max_pixels) and max_pixels >= 1):
+        raise InputError(f"max_pixels must be a whole number of at least 1, got {max_pixels!r}")
+
+
+def _content(source: object, name: str) -> bytes | None:
+    """All bytes of a path, bytes or a file, up to the limit; None for a source that is not made of bytes."""
+    if isinstance(source, (str, os.PathLike)):
+        with _open(Path(os.fsdecode(source)), name) as file:
+            return _read_all(file, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _guarded(lambda: _whole(source, name), name, "cannot be read: its memory is not there")
+    if _has(source, "read") and not _has(source, "image"):
+        return _read_all(cast(BinaryIO, source), name)
+    return None
 
 
 def _open(path: Path, name: str) -> BinaryIO:
@@ -123,29 +165,42 @@ def _open(path: Path, name: str) -> BinaryIO:
         raise SourceNotFoundError(f"{name} cannot be opened: {reason}") from None
 
 
-def _read_all(file: BinaryIO, name: str) -> BinaryIO:
-    try:
-        data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{name} cannot be read: {type(error).__name__}") from None
-    if not isinstance(data, bytes):
-        raise InputError(f"{name}: a file must be opened in binary mode, its read() gave {type(data).__name__}")
-    return io.BytesIO(data)
+def _read_all(file: BinaryIO, name: str) -> bytes:
+    """A file from where it stands to its end.  It may be a pipe, or anything that has read(): no seek, any exception."""
+    parts: list[bytes] = []
+    size = 0
+    while size <= MAX_FILE_BYTES:
+        try:
+            part: object = file.read(READ_BYTES)
+        except Exception as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            raise ImageError(f"{name} cannot be read: {reason}") from None
+        if not isinstance(part, bytes):
+            raise InputError(f"{name}: a file must be opened in binary mode, its read() gave {type(part).__name__}")
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+    raise _too_large(name)
 
 
-def _read_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
-    size = file.seek(0, os.SEEK_END)
-    if size > MAX_FILE_BYTES:
-        raise ImageError(f"{name} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-    file.seek(0)
-    head = file.read(16)
-    file.seek(0)
-    if head.startswith(b"%PDF-"):
+def _whole(data: bytes | bytearray | memoryview, name: str) -> bytes:
+    if (data.nbytes if isinstance(data, memoryview) else len(data)) > MAX_FILE_BYTES:
+        raise _too_large(name)
+    return bytes(data)  # of a view with any strides; bytes themselves are not copied
+
+
+def _too_large(name: str) -> ImageError:
+    return ImageError(f"{name} has more than {MAX_FILE_BYTES:,} bytes, the most that is read of one file")
+
+
+def _decode(data: bytes, name: str, max_pixels: int) -> Pixels:
+    if data.startswith(PDF):
         raise ImageError(f"{name} is a PDF: load_images gives its pages")
-    reader = _reader(head)
+    reader = _reader(data[:16])
     if reader is None:
         raise ImageError(f"{name} is not {FORMATS}; convert it to one of these")
-    return _guarded(lambda: _from_picture(reader(file), name, max_pixels), name)
+    return _guarded(lambda: _from_picture(reader(io.BytesIO(data)), name, max_pixels), name, DAMAGED)
 
 
 def _reader(head: bytes) -> Callable[[BinaryIO], Picture] | None:
@@ -159,7 +214,7 @@ def _reader(head: bytes) -> Callable[[BinaryIO], Picture] | None:
     return None
 
 
-def _guarded(read: Callable[[], Pixels], name: str) -> Pixels:
+def _guarded(read: Callable[[], Result], name: str, wrong: str) -> Result:
     """Decoders raise nearly anything for a damaged file, with heap addresses and paths in it: one exception leaves here."""
     try:
         return read()
@@ -168,7 +223,7 @@ def _guarded(read: Callable[[], Pixels], name: str) -> Pixels:
     except MemoryError:
         raise ImageError(f"{name} does not fit into memory") from None
     except Exception:
-        raise ImageError(f"{name} is damaged, incomplete or holds what {FORMATS} does not allow") from None
+        raise ImageError(f"{name} {wrong}") from None
 
 
 def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -186,7 +241,7 @@ def _from_picture(picture: Picture, name: str, max_pixels: int) -> Pixels:
     check_size(picture.height, picture.width, name, max_pixels)
     if getattr(picture, "is_animated", False):
         raise ImageError(f"{name} is an animation; save the frame that is meant as a picture of its own")
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode.startswith("I;16"):
         return _from_16_bits(picture)
     if picture.mode in ("I", "F"):
@@ -194,6 +249,16 @@ def _from_picture(picture: Picture, name: str, max_pixels: int) -> Pixels:
     if picture.has_transparency_data:
         return _on_white(np.asarray(picture.convert("LA" if picture.mode in ("1", "L", "LA", "La") else "RGBA")))
     return np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+
+
+def _upright(picture: Picture) -> Picture:
+    """A picture as EXIF says it stands; EXIF that cannot be read says nothing."""
+    picture.load()  # here, so that damaged pixels are not taken for damaged EXIF
+    try:
+        method = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        method = None
+    return picture if method is None else picture.transpose(method)
 
 
 def _from_16_bits(picture: Picture) -> Pixels:
@@ -249,38 +314,39 @@ def _hint(array: NDArray[np.generic]) -> str:
 
 # --- many pictures ------------------------------------------------------------------------------------------------------------
 
-Job = tuple[str, Callable[[], Pixels]]  # a name, and what loads it
 
-
-def _jobs(source: object, dpi: float, max_pixels: int) -> Iterator[Job]:
-    if isinstance(source, (str, os.PathLike)):
-        yield from _path_jobs(Path(source), dpi, max_pixels)
-    elif _is_picture(source):
-        name = printable(_name_of(source) or "image 1")
-        yield name, lambda: as_image(source, name=name, max_pixels=max_pixels)
+def _items(source: object, dpi: float, max_pixels: int) -> Iterator[LoadedImage]:
+    if _is_source(source):
+        yield from _source_items(source, 1, dpi, max_pixels)
     elif isinstance(source, Iterable):
         for number, item in enumerate(source, 1):
-            yield from _item_jobs(item, number, dpi, max_pixels)
+            yield from _source_items(item, number, dpi, max_pixels)
     else:
         raise InputError(f"pictures come from paths, folders, PDFs, arrays or iterables of these, got {type(source).__name__}")
 
 
-def _item_jobs(item: object, number: int, dpi: float, max_pixels: int) -> Iterator[Job]:
-    if isinstance(item, (str, os.PathLike)):
-        yield from _path_jobs(Path(item), dpi, max_pixels)
-    else:
-        name = printable(_name_of(item) or f"image {number}")
-        yield name, lambda: as_image(item, name=name, max_pixels=max_pixels)
-
-
-def _is_picture(source: object) -> bool:
-    if isinstance(source, (bytes, bytearray, memoryview, Picture, torch.Tensor, np.ndarray)):
+def _is_source(source: object) -> bool:
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Picture, torch.Tensor, np.ndarray)):
         return True
-    return callable(getattr(source, "image", None)) or callable(getattr(source, "read", None))
+    return _has(source, "image") or _has(source, "read")
 
 
-def _path_jobs(path: Path, dpi: float, max_pixels: int) -> Iterator[Job]:
-    name = printable(path.name or str(path))
+def _source_items(source: object, number: int, dpi: float, max_pixels: int) -> Iterator[LoadedImage]:
+    """The pictures of one source.  What is wrong with it is an item as well: those after it have their turn."""
+    name = printable(_name_of(source) or f"image {number}")
+    if not isinstance(source, (str, os.PathLike)):
+        yield from _opened_items(source, name, dpi, max_pixels)
+        return
+    try:
+        files = _files(Path(os.fsdecode(source)), name)
+    except OptmemError as error:
+        yield LoadedImage(name, None, error)
+        return
+    for file in files:
+        yield from _opened_items(file, printable(file.name or name), dpi, max_pixels)
+
+
+def _files(path: Path, name: str) -> list[Path]:
     try:
         is_folder = path.is_dir()
         files = sorted(child for child in path.iterdir() if child.suffix.lower() in SUFFIXES) if is_folder else [path]
@@ -288,40 +354,86 @@ def _path_jobs(path: Path, dpi: float, max_pixels: int) -> Iterator[Job]:
         raise SourceNotFoundError(f"{name} cannot be opened: {type(error).__name__}") from None
     if is_folder and not files:
         raise SourceNotFoundError(f"{name} holds no file that ends in {', '.join(SUFFIXES)}")
-    for file in files:
-        if _is_pdf(file):
-            yield from _pdf_jobs(file, dpi, max_pixels)
-        else:
-            yield printable(file.name), lambda file=file: as_image(file, max_pixels=max_pixels)  # type: ignore[misc]
+    return files
+
+
+def _opened_items(source: object, name: str, dpi: float, max_pixels: int) -> Iterator[LoadedImage]:
+    try:
+        opened = [_opened(source, name)]
+    except OptmemError as error:
+        yield LoadedImage(name, None, error)
+        return
+    pdf = opened[0] if isinstance(opened[0], _Pdf) else None
+    if pdf is None:
+        yield _item(name, lambda: as_image(opened.pop(), name=name, max_pixels=max_pixels))  # pop: a file's bytes go with it
+        return
+    try:
+        for number in range(pdf.num_pages):
+            page_name = f"{name} page {number + 1}"
+            yield _item(page_name, lambda i=number, said=page_name: pdf.render(i, said, dpi, max_pixels))  # type: ignore[misc]
+    finally:
+        pdf.close()
+
+
+def _item(name: str, load: Callable[[], Pixels]) -> LoadedImage:
+    try:
+        return LoadedImage(name, load())
+    except OptmemError as error:
+        return LoadedImage(name, None, error)
+
+
+def _opened(source: object, name: str) -> object:
+    """A PDF, or what as_image takes: the bytes of a path or file, since a pipe is read only once, or the source as it is."""
+    if isinstance(source, Path) and _is_pdf(source):
+        return _Pdf(source, name)  # of any size: PDFium reads what a page needs
+    data = _content(source, name)
+    if data is None:
+        return source
+    return _Pdf(data, name) if data.startswith(PDF) else data
 
 
 def _is_pdf(path: Path) -> bool:
     try:
+        if not path.is_file():
+            return False  # a pipe would lose its first bytes
         with path.open("rb") as file:
-            return file.read(5) == b"%PDF-"
+            return file.read(len(PDF)) == PDF
     except (OSError, ValueError):
-        return False  # as_image will say what is wrong
+        return False  # _content will say what is wrong
 
 
-def _pdf_jobs(path: Path, dpi: float, max_pixels: int) -> Iterator[Job]:
-    name = printable(path.name)
-    pdfium = _pdfium(name)
-    try:
-        document = pdfium.PdfDocument(path)
-        num_pages = len(document)
-    except Exception:
-        yield name, lambda: _refuse(f"{name} is damaged or encrypted, or not a PDF; remove the password or export it again")
-        return
-    try:
-        for number in range(num_pages):
-            page_name = f"{name} page {number + 1}"
-            yield page_name, lambda i=number, said=page_name: _render(document, i, said, dpi, max_pixels)  # type: ignore[misc]
-    finally:
-        document.close()
+class _Pdf:
+    """An open PDF.  PDFium may run in one thread at a time, whatever the document: every call of it is made under one lock."""
 
+    def __init__(self, content: Path | bytes, name: str) -> None:
+        pdfium = _pdfium(name)
+        try:
+            with _pdfium_lock():
+                self.document = pdfium.PdfDocument(content)
+                self.num_pages = len(self.document)
+        except Exception:
+            raise ImageError(f"{name} is damaged or encrypted, or not a PDF; remove the password or export it again") from None
 
-def _refuse(message: str) -> Pixels:
-    raise ImageError(message)
+    def render(self, number: int, name: str, dpi: float, max_pixels: int) -> Pixels:
+        with _pdfium_lock():
+            return _guarded(lambda: self._render(number, name, dpi, max_pixels), name, "is damaged and cannot be drawn")
+
+    def _render(self, number: int, name: str, dpi: float, max_pixels: int) -> Pixels:
+        page = self.document[number]
+        try:
+            width, height = (math.ceil(points * dpi / 72) for points in page.get_size())
+            check_size(height, width, name, max_pixels)
+            bitmap = page.render(scale=dpi / 72, rev_byteorder=True)
+            try:
+                return np.array(bitmap.to_numpy()[..., :3])  # out of PDFium's own memory
+            finally:
+                bitmap.close()
+        finally:
+            page.close()
+
+    def close(self) -> None:
+        with _pdfium_lock():
+            self.document.close()
 
 
 def _pdfium(name: str) -> ModuleType:
@@ -332,22 +444,11 @@ def _pdfium(name: str) -> ModuleType:
     return cast(ModuleType, pypdfium2)
 
 
-def _render(document: object, number: int, name: str, dpi: float, max_pixels: int) -> Pixels:
-    def render() -> Pixels:
-        page = document[number]  # type: ignore[index]
-        try:
-            width, height = (math.ceil(points * dpi / 72) for points in page.get_size())
-            check_size(height, width, name, max_pixels)
-            bitmap = page.render(scale=dpi / 72, rev_byteorder=True)
-            pixels = np.array(bitmap.to_numpy()[..., :3])  # out of PDFium's own memory
-            bitmap.close()
-            return pixels
-        finally:
-            page.close()
+def _pdfium_lock() -> threading.RLock:
+    """The one lock, made when it is first needed.
 
-    try:
-        return render()
-    except OptmemError:
-        raise
-    except Exception:
-        raise ImageError(f"{name} is damaged and cannot be drawn") from None
+    setdefault, since functools.cache may give two threads a lock each.  Reentrant, since a generator that is collected while its
+    thread draws a page closes its document there.
+    """
+    lock: threading.RLock = globals().setdefault("_lock_of_pdfium", threading.RLock())
+    return lock

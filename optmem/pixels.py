@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optmem import ops
 from optmem.errors import InputError
-from optmem.images import Pixels, as_image
+from optmem.images import Pixels, as_image, is_whole
 from optmem.ops import MAX_SIDE
 from optmem.pages.page import Box
 
@@ -202,11 +202,12 @@ def contact_sheet(images: Sequence[object], size: int, columns: int | None = Non
     pages = [as_image(image, name=f"page {number}") for number, image in enumerate(images, 1)]
     if not pages:
         raise InputError("a contact sheet needs at least one page")
-    if not MIN_CELL <= size <= MAX_SIDE:
-        raise InputError(f"the size of a contact sheet must be {MIN_CELL} to {MAX_SIDE} pixels, got {size}")
-    if columns is not None and not 1 <= columns <= len(pages):
-        raise InputError(f"columns must be 1 to {len(pages)}, the number of pages, got {columns}")
-    columns = columns or max(range(1, len(pages) + 1), key=lambda count: _smallest_scale(pages, size, count))
+    if not (is_whole(size) and MIN_CELL <= size <= MAX_SIDE):
+        raise InputError(f"the size of a contact sheet must be {MIN_CELL} to {MAX_SIDE} pixels, got {size!r}")
+    if columns is not None and not (is_whole(columns) and 1 <= columns <= len(pages)):
+        raise InputError(f"columns must be 1 to {len(pages)}, the number of pages, got {columns!r}")
+    size = int(size)  # a whole number of NumPy's would make boxes of its kind
+    columns = int(columns or max(range(1, len(pages) + 1), key=lambda count: _smallest_scale(pages, size, count)))
     cell_height, cell_width = _cell(size, columns, len(pages))
     if min(cell_height, cell_width) < MIN_CELL:
         raise InputError(

@@ -3,19 +3,24 @@
 import contextlib
 import gc
 import io
+import os
 import re
 import struct
 import sys
+import time
 import tracemalloc
 import warnings
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from optmem import images
 from optmem.errors import ImageError, InputError, MissingDependencyError, OptmemError, SourceNotFoundError
 from optmem.images import as_image, load_images
 from optmem.ops import MAX_SIDE
@@ -67,6 +72,92 @@ def test_every_kind_of_source(kind, tmp_path):
 
 def test_anything_with_a_method_image():
     assert_pixels(as_image(Drawn()), noise()[..., 0])
+
+
+class Endless:
+    def image(self):
+        return self
+
+
+def test_a_method_image_that_gives_no_picture():
+    with pytest.raises(InputError, match="got Endless, which has a method image"):
+        as_image(Endless())
+    assert isinstance(next(load_images([Endless()], on_error="yield")).error, InputError)
+
+
+def test_bytes_of_any_strides():
+    data = encode(Image.fromarray(noise()))
+    spread = bytearray(2 * len(data))
+    spread[::2] = data
+    assert_pixels(as_image(memoryview(spread)[::2]), noise())
+    released = memoryview(data)
+    released.release()
+    with pytest.raises(ImageError, match="cannot be read"):
+        as_image(released)
+
+
+@pytest.fixture
+def pipe():
+    """Bytes -> the path of a pipe that holds them and ends, where the system has such paths."""
+    if not Path("/dev/fd").is_dir():
+        pytest.skip("needs /dev/fd")
+    opened = []
+
+    def make(data: bytes) -> str:
+        reading, writing = os.pipe()
+        opened.append(reading)
+        assert os.write(writing, data) == len(data)
+        os.close(writing)
+        return f"/dev/fd/{reading}"
+
+    yield make
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+def test_pipes_are_read_once(pipe):
+    data = encode(Image.fromarray(noise()))
+    assert_pixels(as_image(pipe(data)), noise())
+    assert [item.image().shape for item in load_images([pipe(data), pipe(data)])] == [(20, 30, 3)] * 2
+
+
+class Broken:
+    """A file, or what passes for one, that fails after its first bytes."""
+
+    def __init__(self, error):
+        self.error, self.parts = error, [GOOD_PNG[:100]]
+
+    def read(self, _size):
+        if self.parts:
+            return self.parts.pop()
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error", "/secret"), EOFError("cut"), zlib.error("0x7f0012345678")])
+def test_files_that_fail_while_they_are_read(error):
+    with pytest.raises(ImageError, match=r"^image cannot be read: (Input/output error|EOFError|error)$"):
+        as_image(Broken(error))
+    assert isinstance(next(load_images(Broken(error), on_error="yield")).error, ImageError)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc")
+def test_paths_that_fail_while_they_are_read():
+    for read in (as_image, lambda path: list(load_images(path))):
+        with pytest.raises(ImageError, match=r"^mem cannot be read: Input/output error"):
+            read("/proc/self/mem")
+
+
+def test_large_files_are_refused_with_the_limit(tmp_path, monkeypatch):
+    path = tmp_path / "page.png"
+    path.write_bytes(GOOD_PNG)
+    sources = [path, GOOD_PNG, bytearray(GOOD_PNG), memoryview(GOOD_PNG).cast("B", (len(GOOD_PNG), 1)), io.BytesIO(GOOD_PNG)]
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", len(GOOD_PNG))
+    assert [as_image(source).shape for source in sources] == [(64, 64, 3)] * 5
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", len(GOOD_PNG) - 1)
+    sources[-1].seek(0)
+    for source in sources:
+        with pytest.raises(ImageError, match=f"has more than {len(GOOD_PNG) - 1:,} bytes, the most that is read"):
+            as_image(source)
 
 
 def test_checked_pixels_are_not_copied():
@@ -202,6 +293,36 @@ def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert_pixels(as_image(encode(Image.fromarray(pixels), exif=exif)), undo[orientation](pixels))
+
+
+def orientation_text(value: int) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    exif = Image.Exif()
+    exif[0x0112] = value
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n")
+    return encode(Image.fromarray(noise()), pnginfo=info)
+
+
+def test_exif_that_cannot_be_read_is_no_orientation():
+    picture = Image.fromarray(noise())
+    for junk in (b"junk", b"MM\0*", b"II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40):
+        assert_pixels(as_image(encode(picture, exif=junk)), noise())
+        assert as_image(encode(picture, "JPEG", exif=junk)).shape == (20, 30, 3)
+        assert_pixels(as_image(encode(picture, "WEBP", lossless=True, exif=junk)), noise())
+    assert_pixels(as_image(orientation_text(6)), np.rot90(noise(), 3))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n 4\nno hexadecimals")
+    assert_pixels(as_image(encode(picture, pnginfo=info)), noise())
+
+
+def test_a_picture_of_the_caller_is_left_as_it_is():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.open(io.BytesIO(encode(Image.fromarray(noise()), exif=exif)))
+    for _ in range(2):
+        assert_pixels(as_image(picture), np.rot90(noise(), 3))
+    assert picture.size == (30, 20)
+    assert picture.getexif()[0x0112] == 6
 
 
 # --- hostile files ------------------------------------------------------------------------------------------------------------
@@ -386,13 +507,37 @@ def test_bad_pictures_are_raised_or_yielded(tmp_path):
         items[3].image()
 
 
+def test_what_is_no_picture_does_not_end_a_batch(tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    sources = [GOOD_PNG, folder, tmp_path / "gone", "nul\0byte", GOOD_JPEG]
+    items = list(load_images(sources, on_error="yield"))
+    assert [item.name for item in items][1:3] == ["empty", "gone"]
+    assert [type(item.error) for item in items] == [type(None), *[SourceNotFoundError] * 3, type(None)]
+    assert all(item.error is None or item.error.__traceback__ is None for item in items)  # whose frames hold what was read
+    with pytest.raises(SourceNotFoundError, match=r"^empty holds no file"):
+        list(load_images(sources))
+    assert [type(item.error) for item in load_images(folder, on_error="yield")] == [SourceNotFoundError]
+
+
 def test_sources_and_settings_are_checked():
     assert [item.name for item in load_images(noise())] == ["image 1"]
     assert [item.image().shape for item in load_images(GOOD_PNG)] == [(64, 64, 3)]
     assert list(load_images([])) == []
-    for wrong in ({"on_error": "ignore"}, {"dpi": 0}, {"dpi": float("nan")}, {"dpi": 1e9}):
-        with pytest.raises(InputError):
+    settings = [{"on_error": "ignore"}, {"on_error": None}, {"dpi": 0}, {"dpi": float("nan")}, {"dpi": 1e9}, {"dpi": 10**400}]
+    settings += [{"dpi": "144"}, {"dpi": None}, {"dpi": 1j}]
+    for wrong in settings:
+        with pytest.raises(InputError, match=next(iter(wrong))):
             list(load_images(noise(), **wrong))
+    for wrong in ("9", 0, -1, 1e8, None, True):
+        for source in (noise(), GOOD_PNG):
+            with pytest.raises(InputError, match="max_pixels must be a whole number") as caught:
+                as_image(source, max_pixels=wrong)
+            assert not isinstance(caught.value, ImageError)  # the picture is good
+        with pytest.raises(InputError, match="max_pixels"):
+            list(load_images([], max_pixels=wrong))
+    assert as_image(noise(), max_pixels=np.int64(600)).shape == (20, 30, 3)
+    assert len(list(load_images(noise(), dpi=np.float32(72)))) == 1
     with pytest.raises(InputError, match="got int"):
         list(load_images(7))
 
@@ -467,6 +612,65 @@ def test_pdf_page_by_page(pdf):
     assert next(load_images(pdf, dpi=72)).image().shape == (50, 100, 3)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bytearray", "memoryview", "file", "pipe"])
+def test_pdf_of_every_kind(kind, pdf, pipe):
+    data = pdf.read_bytes()
+    with pdf.open("rb") as file:
+        source = {
+            "bytes": lambda: data,
+            "bytearray": lambda: bytearray(data),
+            "memoryview": lambda: memoryview(data),
+            "file": lambda: file,
+            "pipe": lambda: pipe(data),
+        }[kind]
+        for given in (source(), [noise(), source()]):
+            file.seek(0)
+            items = [item for item in load_images(given) if " page " in item.name]
+            assert [item.image()[50, 100].argmax() for item in items] == [0, 1, 2]
+            assert items[0].name.endswith(" page 1")
+    assert next(load_images(data)).name == "image 1 page 1"
+    with pdf.open("rb") as file:
+        assert next(load_images(file)).name == "scan.bin page 1"
+
+
+def test_pdf_in_memory_is_limited_and_one_in_a_file_is_not(pdf, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 100)
+    with pytest.raises(ImageError, match="has more than 100 bytes"):
+        list(load_images(pdf.read_bytes()))
+    assert len(list(load_images(pdf))) == 3
+
+
+def test_damaged_pdf_in_memory(pdf):
+    items = list(load_images([pdf.read_bytes()[:60], GOOD_PNG], on_error="yield"))
+    assert [type(item.error) for item in items] == [ImageError, type(None)]
+
+
+def test_pdfium_runs_in_one_thread_at_a_time(pdf, monkeypatch):
+    pypdfium2 = pytest.importorskip("pypdfium2")
+    running = most = 0
+
+    def counted(method):
+        def call(*args, **kwargs):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.002)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                running -= 1
+
+        return call
+
+    for owner, name in ((pypdfium2.PdfPage, "render"), (pypdfium2.PdfDocument, "get_page"), (pypdfium2.PdfDocument, "close")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    monkeypatch.delitem(vars(images), "_lock_of_pdfium", raising=False)  # the threads have to agree on one
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(lambda source: len(list(load_images(source))), [pdf, pdf.read_bytes()] * 8))
+    assert counts == [3] * 16
+    assert most == 1
+
+
 def test_pdf_limits_are_checked_before_rendering(pdf):
     items = list(load_images(pdf, dpi=2400, max_pixels=1_000_000, on_error="yield"))
     assert ["3334x1667 pixels; at most 1,000,000" in str(item.error) for item in items] == [True] * 3
@@ -489,6 +693,9 @@ def test_pdf_without_its_package(pdf, monkeypatch):
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'optmem\[pdf\]'"):
         list(load_images(pdf))
+    items = list(load_images([GOOD_PNG, pdf, pdf.read_bytes(), GOOD_PNG], on_error="yield"))
+    assert [item.name for item in items] == ["image 1", "scan.bin", "image 3", "image 4"]
+    assert [type(item.error) for item in items] == [type(None), *[MissingDependencyError] * 2, type(None)]
 
 
 def test_png_text_is_allowed():

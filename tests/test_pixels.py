@@ -1,12 +1,14 @@
 """pixels: modes and their counts, fit and tiles as Pillow makes them, the ladder."""
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from optmem import reference
 from optmem.errors import InputError
 from optmem.pixels import MODES, Box, Mode, choose_grid, contact_sheet, find_mode, image_id, make_views, to_mode
 from optmem.testing import assert_equal, generator
@@ -126,13 +128,20 @@ def test_small_pages_are_not_tiled(height, width, is_tiled):
     assert MODES["base"].grid(height, width) == (1, 1)
 
 
+def resized(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Pillow 13's answer; an older Pillow, which always takes the width first, gives it in two calls."""
+    if PIL.__version__ < "13" and reference.resample_order(picture.height, picture.width, height, width) == (1, 2):
+        picture = picture.resize((picture.width, height), Image.Resampling.BICUBIC)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def by_pillow(image: np.ndarray, size: int, *, pad: bool) -> torch.Tensor:
     picture = Image.fromarray(image)
-    colour = (127, 127, 127) if image.ndim == 3 else 127
     if pad:
-        picture = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color=colour)
+        picture = resized(picture, *ImageOps.contain(picture, (size, size)).size)
+        picture = ImageOps.pad(picture, (size, size), color=(127, 127, 127) if image.ndim == 3 else 127)
     else:
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        picture = resized(picture, size, size)
     return torch.from_numpy(np.array(picture).reshape(size, size, -1))
 
 
@@ -173,7 +182,7 @@ def test_tiled_views_equal_pillow(name, height, width):
     views = make_views(image, mode)
     side, (columns, rows) = mode.tile_size, views.grid
     assert_equal(views.global_view, by_pillow(image, mode.size, pad=True))
-    canvas = Image.fromarray(image).resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    canvas = resized(Image.fromarray(image), columns * side, rows * side)
     assert views.tiles.shape == (columns * rows, side, side, 3)
     for k, tile in enumerate(views.tiles):
         left, top = k % columns * side, k // columns * side
@@ -219,7 +228,7 @@ def test_contact_sheet_says_where_every_page_lies():
     assert sheet.image.shape == (512, 512)
     assert sheet.boxes == (Box(0, 0, 256, 256), Box(256, 0, 512, 256), Box(0, 256, 256, 512), Box(256, 256, 512, 512))
     for page, box in zip(pages, sheet.boxes, strict=True):
-        expected = np.array(Image.fromarray(page).resize((256, 256), Image.Resampling.BICUBIC))
+        expected = np.array(resized(Image.fromarray(page), 256, 256))
         assert_equal(torch.from_numpy(sheet.image[box.top : box.bottom, box.left : box.right].copy()), torch.from_numpy(expected))
 
 
@@ -250,12 +259,24 @@ def test_contact_sheet_of_tall_pages_takes_more_columns():
         (2, 512, 0, "columns must be 1 to 2"),
         (2, 512, 3, "columns must be 1 to 2"),
         (2, 512, -1, "columns must be 1 to 2"),
+        (2, "512", None, "must be 16 to 65535 pixels, got '512'"),
+        (2, 512.0, None, "must be 16 to"),
+        (2, None, None, "must be 16 to"),
+        (2, 512, "1", "columns must be 1 to 2, the number of pages, got '1'"),
+        (2, 512, 1.0, "columns must be 1 to 2"),
+        (2, 512, True, "columns must be 1 to 2"),
         (200, 64, None, "at least 16 are needed"),
     ],
 )
 def test_refuses_contact_sheets_without_sense(count, size, columns, words):
     with pytest.raises(InputError, match=words):
         contact_sheet([np.zeros((8, 8), np.uint8)] * count, size, columns)
+
+
+def test_contact_sheet_of_sizes_of_numpy():
+    sheet = contact_sheet([np.zeros((8, 8), np.uint8)] * 2, np.int64(64), np.int64(2))
+    assert sheet.boxes == (Box(0, 0, 8, 8), Box(32, 0, 40, 8))
+    assert {type(side) for box in sheet.boxes for side in box} == {int}
 
 
 def test_identity_includes_the_shape():
