@@ -7,13 +7,14 @@ graphs all understand.  What the operator means is written in reference.py; the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +83,36 @@ def _triton_or_reference(operator: str) -> Callable[[], Implementation]:
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
+
+
+def _check_same_kind(operator: str, **tensors: Tensor) -> None:
+    """All of one floating type and on one device, those of the first."""
+    first, *_ = tensors
+    dtype, device = tensors[first].dtype, tensors[first].device
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    _check(dtype in allowed, f"{operator}: {first} must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    for name, tensor in tensors.items():
+        _check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype} as {first} is, got {tensor.dtype}")
+        _check(tensor.device == device, f"{operator}: {name} must be on {device} as {first} is, got {tensor.device}")
+
+
+def _differentiate(operator: str, meaning: Callable[..., Tensor]) -> None:
+    """Gives an operator the gradient of its reference, computed again in the backward pass; only training needs it."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved).detach() if other is None else other for other in ctx.others]
+        leaves = [value.requires_grad_() for value, needed in zip(inputs, wanted, strict=True) if needed]
+        with torch.enable_grad():
+            gradients = iter(torch.autograd.grad(meaning(*inputs), leaves, gradient))
+        return tuple(next(gradients) if needed else None for needed in wanted)
+
+    torch.library.register_autograd(f"optmem::{operator}", backward, setup_context=keep)
 
 
 # --- draw_text ----------------------------------------------------------------------------------------------------------------
@@ -298,6 +329,7 @@ def _patch_embed_fake(pixels: Tensor, weight: Tensor, bias: Tensor, positions: T
     return weight.new_empty((pixels.shape[0], *positions.shape))
 
 
+_differentiate("patch_embed", reference.patch_embed)
 _described.append(lambda: Implementation("patch_embed", "cpu", "reference", "plain torch, where a projection is already good"))
 _described.append(_triton_or_reference("patch_embed"))
 
@@ -330,7 +362,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     _check(num_keys >= num_queries, f"attention: {num_queries} queries cannot be the last of {num_keys} keys")
     _check(0 <= prefix <= num_keys, f"attention: prefix must be 0 to {num_keys}, got {prefix}")
     _check_same_kind("attention", query=query, key=key, value=value)
-    mixed: Tensor = torch.ops.optmem.attention(query, key, value, prefix)
+    # Slices of one projection stay as they are; only the numbers of a head must lie side by side.
+    inputs = [tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+    mixed: Tensor = torch.ops.optmem.attention(*inputs, prefix)
     return mixed
 
 
@@ -353,36 +387,6 @@ def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> T
 @torch.library.register_fake("optmem::attention")
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     return query.new_empty(query.shape)
-
-
-def _check_same_kind(operator: str, **tensors: Tensor) -> None:
-    """All of one floating type and on one device, those of the first."""
-    first, *_ = tensors
-    dtype, device = tensors[first].dtype, tensors[first].device
-    allowed = (torch.float32, torch.bfloat16, torch.float16)
-    _check(dtype in allowed, f"{operator}: {first} must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    for name, tensor in tensors.items():
-        _check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype} as {first} is, got {tensor.dtype}")
-        _check(tensor.device == device, f"{operator}: {name} must be on {device} as {first} is, got {tensor.device}")
-
-
-def _differentiate(operator: str, meaning: Callable[..., Tensor]) -> None:
-    """Gives an operator the gradient of its reference, computed again in the backward pass; only training needs it."""
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved).detach() if other is None else other for other in ctx.others]
-        leaves = [value.requires_grad_() for value, needed in zip(inputs, wanted, strict=True) if needed]
-        with torch.enable_grad():
-            gradients = iter(torch.autograd.grad(meaning(*inputs), leaves, gradient))
-        return tuple(next(gradients) if needed else None for needed in wanted)
-
-    torch.library.register_autograd(f"optmem::{operator}", backward, setup_context=keep)
 
 
 _differentiate("attention", reference.attention)
@@ -464,7 +468,10 @@ def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Te
     Raises InputError where shapes, types or devices do not fit together.
     """
     _check_grid("window_attention", qkv, rel_pos_h, rel_pos_w)
-    _check(rel_pos_h.shape == rel_pos_w.shape, f"window_attention: tables of {rel_pos_h.shape[0]} and {rel_pos_w.shape[0]} rows")
+    _check(
+        rel_pos_w.shape == rel_pos_h.shape,
+        f"window_attention: rel_pos_w must be {list(rel_pos_h.shape)} as rel_pos_h is, got {list(rel_pos_w.shape)}",
+    )
     _check(rel_pos_h.shape[0] % 2 == 1, f"window_attention: rel_pos_h must have 2 side - 1 rows, got {rel_pos_h.shape[0]}")
     _check(list(bias.shape) == [qkv.shape[3]], f"window_attention: bias must be [{qkv.shape[3]}], got {list(bias.shape)}")
     _check_same_kind("window_attention", qkv=qkv, bias=bias)
@@ -556,3 +563,467 @@ def _compress_fake(patches: Tensor, *weights: Tensor) -> Tensor:
 _differentiate("compress", reference.compress)
 _described.append(lambda: Implementation("compress", "cpu", "reference", "plain torch, where a convolution is already good"))
 _described.append(lambda: Implementation("compress", "cuda", "reference", "plain torch, where a convolution is already good"))
+
+
+# --- the decoder: what its operators share ---------------------------------------------------------------------------------------
+
+_CPP_TYPES = (torch.float32, torch.bfloat16)
+
+
+def _cpp_for(tensor: Tensor) -> ModuleType | None:
+    """optmem._cpu, where it is built and speaks the tensor's type."""
+    return native("_cpu").module if tensor.dtype in _CPP_TYPES else None
+
+
+def _array(tensor: Tensor) -> Any:
+    """The tensor's memory as numpy sees it, which knows no bf16: it becomes uint16.  Contiguous tensors are not copied."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _check_like(operator: str, first: Tensor, wanted: dict[str, tuple[Tensor, list[int]]]) -> None:
+    """Every tensor has the first one's type and device, and the shape given for it."""
+    for name, (tensor, shape) in wanted.items():
+        _check(tensor.dtype == first.dtype, f"{operator}: {name} must be {first.dtype}, got {tensor.dtype}")
+        _check(tensor.device == first.device, f"{operator}: {name} must be on {first.device}, got {tensor.device}")
+        _check(list(tensor.shape) == shape, f"{operator}: {name} must be {shape}, got {list(tensor.shape)}")
+
+
+def _check_float(operator: str, name: str, tensor: Tensor, dims: int) -> None:
+    _check(tensor.is_floating_point(), f"{operator}: {name} must be floating point, got {tensor.dtype}")
+    _check(tensor.dim() == dims, f"{operator}: {name} must have {dims} axes, got {list(tensor.shape)}")
+
+
+def _check_index(operator: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    _check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype}, got {tensor.dtype}")
+    _check(list(tensor.shape) == shape, f"{operator}: {name} must be {shape}, got {list(tensor.shape)}")
+
+
+@contextmanager
+def _as_input_error() -> Iterator[None]:
+    """What the native code refuses is as much the caller's as what is refused here."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _torch_on_cuda(operator: str) -> Implementation:
+    return Implementation(operator, "cuda", "reference", "no kernel yet")
+
+
+# --- linear_rows ----------------------------------------------------------------------------------------------------------------
+
+library.define("linear_rows(Tensor x, Tensor weight, ScalarType dtype) -> Tensor")
+
+
+def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x weight^T, summed in fp32; on CPU a row's result does not depend on the other rows, bit for bit.
+
+    x       [T, in]     weight  [out, in] of the same type
+    dtype               of the result: x's own, or torch.float32
+    -> [T, out]
+    """
+    _check_float("linear_rows", "x", x, 2)
+    _check(weight.dim() == 2, f"linear_rows: weight must be [out, {x.shape[1]}], got {list(weight.shape)}")
+    _check_like("linear_rows", x, {"weight": (weight, [weight.shape[0], x.shape[1]])})
+    dtype = dtype or x.dtype
+    _check(dtype in (x.dtype, torch.float32), f"linear_rows: dtype must be {x.dtype} or torch.float32, got {dtype}")
+    rows: Tensor = torch.ops.optmem.linear_rows(x, weight, dtype)
+    return rows
+
+
+@torch.library.impl(library, "linear_rows", "CPU")
+def _linear_rows_cpu(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    cpu = _cpp_for(x)
+    if cpu is None:
+        return reference.linear_rows(x, weight, dtype)
+    out: Tensor = _linear_rows_fake(x, weight, dtype)
+    cpu.linear_rows(_array(x), _array(weight), _array(out), torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("optmem::linear_rows")
+def _linear_rows_fake(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+torch.library.impl(library, "linear_rows", "CUDA")(reference.linear_rows)
+_described.append(_cpp_or_reference("linear_rows"))
+_described.append(lambda: Implementation("linear_rows", "cuda", "reference", "cuBLAS is already good"))
+
+
+# --- rms_norm -------------------------------------------------------------------------------------------------------------------
+
+library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+library.define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide every row by the root of its mean square: fp32 inside, rounded to x's type, then times the weight.
+
+    x [T, D], weight [D] -> [T, D]
+    """
+    _check_float("rms_norm", "x", x, 2)
+    _check_like("rms_norm", x, {"weight": (weight, [x.shape[1]])})
+    normed: Tensor = torch.ops.optmem.rms_norm(x, weight, eps)
+    return normed
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm of x + residual.  All [T, D] but the weight [D].  -> the sum, rounded to x's type, and its norm."""
+    _check_float("add_rms_norm", "x", x, 2)
+    _check_like("add_rms_norm", x, {"residual": (residual, list(x.shape)), "weight": (weight, [x.shape[1]])})
+    both: tuple[Tensor, Tensor] = torch.ops.optmem.add_rms_norm(x, residual, weight, eps)
+    return both
+
+
+@torch.library.impl(library, "rms_norm", "CPU")
+def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    cpu = _cpp_for(x)
+    if cpu is None:
+        return reference.rms_norm(x, weight, eps)
+    out: Tensor = _rms_norm_fake(x, weight, eps)
+    cpu.rms_norm(_array(x), _array(weight), _array(out), eps, torch.get_num_threads())
+    return out
+
+
+@torch.library.impl(library, "add_rms_norm", "CPU")
+def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    cpu = _cpp_for(x)
+    if cpu is None:
+        return reference.add_rms_norm(x, residual, weight, eps)
+    total, out = _add_rms_norm_fake(x, residual, weight, eps)
+    cpu.add_rms_norm(*map(_array, (x, residual, weight, total, out)), eps, torch.get_num_threads())
+    return total, out
+
+
+@torch.library.register_fake("optmem::rms_norm")
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("optmem::add_rms_norm")
+def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+torch.library.impl(library, "rms_norm", "CUDA")(reference.rms_norm)
+torch.library.impl(library, "add_rms_norm", "CUDA")(reference.add_rms_norm)
+for _name in ("rms_norm", "add_rms_norm"):
+    _described.append(_cpp_or_reference(_name))
+    _described.append(partial(_torch_on_cuda, _name))
+
+
+# --- silu_mul -------------------------------------------------------------------------------------------------------------------
+
+library.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, rounded once, both [T, F].  torch's own differs in the last bit with a value's place in memory."""
+    _check_float("silu_mul", "gate", gate, 2)
+    _check_like("silu_mul", gate, {"up": (up, list(gate.shape))})
+    product: Tensor = torch.ops.optmem.silu_mul(gate, up)
+    return product
+
+
+@torch.library.impl(library, "silu_mul", "CPU")
+def _silu_mul_cpu(gate: Tensor, up: Tensor) -> Tensor:
+    cpu = _cpp_for(gate)
+    if cpu is None:
+        return reference.silu_mul(gate, up)
+    out = gate.new_empty(gate.shape)
+    cpu.silu_mul(*map(_array, (gate, up, out)), torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("optmem::silu_mul")
+def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+torch.library.impl(library, "silu_mul", "CUDA")(reference.silu_mul)
+_described.append(_cpp_or_reference("silu_mul"))
+_described.append(partial(_torch_on_cuda, "silu_mul"))
+
+
+# --- rope_cache -----------------------------------------------------------------------------------------------------------------
+
+library.define(
+    "rope_cache(Tensor(a!) queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, Tensor slots, "
+    "Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()"
+)
+
+
+def rope_cache(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    """Rotate queries and keys by their positions; the queries stay where they are, keys and values go into the cache.
+
+    queries, keys, values    [T, H, D]     queries are rotated in place and must be contiguous
+    cos, sin                 [T, D / 2]    of every position, rounded to the same type: channel i turns with channel i + D / 2
+    slots                    int64 [T]     cell page * page_size + offset of every token; a negative one writes nothing
+    key_cache, value_cache   [pages, page_size, H, D], contiguous
+    """
+    _check_float("rope_cache", "queries", queries, 3)
+    tokens, heads, dim = queries.shape
+    _check(dim % 2 == 0, f"rope_cache: a head must have an even width, got {dim}")
+    _check(key_cache.dim() == 4, f"rope_cache: key_cache must be [pages, page_size, H, D], got {list(key_cache.shape)}")
+    cache_shape = [*key_cache.shape[:2], heads, dim]
+    wanted = {name: (tensor, [tokens, heads, dim]) for name, tensor in (("keys", keys), ("values", values))}
+    wanted |= {name: (tensor, [tokens, dim // 2]) for name, tensor in (("cos", cos), ("sin", sin))}
+    wanted |= {"key_cache": (key_cache, cache_shape), "value_cache": (value_cache, cache_shape)}
+    _check_like("rope_cache", queries, wanted)
+    _check_index("rope_cache", "slots", slots, torch.int64, [tokens])
+    for name, tensor in (("queries", queries), ("key_cache", key_cache), ("value_cache", value_cache)):
+        _check(tensor.is_contiguous(), f"rope_cache: {name} is written in place and must be contiguous")
+    with _as_input_error():
+        torch.ops.optmem.rope_cache(queries, keys, values, cos, sin, slots, key_cache, value_cache)
+
+
+@torch.library.impl(library, "rope_cache", "CPU")
+def _rope_cache_cpu(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    cpu = _cpp_for(queries)
+    arguments = (queries, keys, values, cos, sin, slots, key_cache, value_cache)
+    if cpu is None:
+        return reference.rope_cache(*arguments)
+    cpu.rope_cache(*map(_array, arguments), torch.get_num_threads())
+    return None
+
+
+@torch.library.register_fake("optmem::rope_cache")
+def _rope_cache_fake(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    return None
+
+
+torch.library.impl(library, "rope_cache", "CUDA")(reference.rope_cache)
+_described.append(_cpp_or_reference("rope_cache"))
+_described.append(partial(_torch_on_cuda, "rope_cache"))
+
+
+# --- paged_attention ------------------------------------------------------------------------------------------------------------
+
+library.define(
+    "paged_attention(Tensor queries, Tensor keys, Tensor values, Tensor table, Tensor starts, Tensor lengths, Tensor prompts, "
+    "int window, float scale) -> Tensor"
+)
+
+PAGE_UNIT = 16  # a page holds a multiple of this many tokens
+
+
+def paged_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Causal attention of every sequence's last tokens over its pages: prefill, a chunk of it, one token, or drafts to verify.
+
+    queries       [T, H, D]                    rotated; sequence b asks with starts[b] .. starts[b + 1]
+    keys, values  [pages, page_size, H, D]     the queries' own are already in them; page_size is a multiple of 16
+    table         int32 [B, max_pages]         page of every page_size tokens; entries that are not attended to may be anything
+    starts        int64 [B + 1]
+    lengths       int64 [B]                    tokens of the sequence in the cache, those asking counted
+    prompts       int64 [B]                    its first tokens, which no window hides
+    window                                     query i sees key j <= i if j < prompt or j > i - window; None sees all
+    -> [T, H, D]
+
+    Softmax and sums in fp32.  On CPU a query's result does not depend on what else is asked, bit for bit.  Cells of a page that
+    is attended to must hold finite numbers up to the sequence's length.  Raises InputError where the table points outside.
+    """
+    _check_float("paged_attention", "queries", queries, 3)
+    _check(keys.dim() == 4, f"paged_attention: keys must be [pages, page_size, H, D], got {list(keys.shape)}")
+    page_size = keys.shape[1]
+    _check(
+        page_size > 0 and page_size % PAGE_UNIT == 0,
+        f"paged_attention: a page must hold a multiple of {PAGE_UNIT} tokens, got {page_size}",
+    )
+    shape = [*keys.shape[:2], *queries.shape[1:]]
+    _check_like("paged_attention", queries, {"keys": (keys, shape), "values": (values, shape)})
+    _check(table.dim() == 2, f"paged_attention: table must be [B, max_pages], got {list(table.shape)}")
+    sequences = table.shape[0]
+    _check_index("paged_attention", "table", table, torch.int32, list(table.shape))
+    _check_index("paged_attention", "starts", starts, torch.int64, [sequences + 1])
+    for name, tensor in (("lengths", lengths), ("prompts", prompts)):
+        _check_index("paged_attention", name, tensor, torch.int64, [sequences])
+    _check(window is None or window > 0, f"paged_attention: window must be positive or None, got {window}")
+    with _as_input_error():
+        out: Tensor = torch.ops.optmem.paged_attention(queries, keys, values, table, starts, lengths, prompts, window or 0, scale)
+    return out
+
+
+@torch.library.impl(library, "paged_attention", "CPU")
+def _paged_attention_cpu(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    cpu = _cpp_for(queries)
+    inputs = (queries, keys, values, table, starts, lengths, prompts)
+    if cpu is None:
+        return reference.paged_attention(*inputs, window, scale)
+    out = queries.new_empty(queries.shape)
+    cpu.paged_attention(*map(_array, inputs), window, scale, _array(out), torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("optmem::paged_attention")
+def _paged_attention_fake(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    return queries.new_empty(queries.shape)
+
+
+torch.library.impl(library, "paged_attention", "CUDA")(reference.paged_attention)
+_described.append(_cpp_or_reference("paged_attention"))
+_described.append(partial(_torch_on_cuda, "paged_attention"))
+
+
+# --- route ----------------------------------------------------------------------------------------------------------------------
+
+library.define("route(Tensor x, Tensor weight, int top_k) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+class Routing(NamedTuple):
+    """Which experts every token goes to.  A pair is token * top_k + slot."""
+
+    ids: Tensor  # int32 [T, top_k]   the likeliest expert first, of equals the lower id
+    weights: Tensor  # fp32 [T, top_k]   their softmax over all experts, not renormalised
+    order: Tensor  # int32 [T * top_k]  the pairs, by expert
+    starts: Tensor  # int32 [E + 1]     expert e owns order[starts[e]] .. order[starts[e + 1]]
+
+
+def route(x: Tensor, weight: Tensor, top_k: int) -> Routing:
+    """Choose experts: logits x weight^T and softmax in fp32, the top_k likeliest, greedily.
+
+    x [T, D], weight [E, D] of the same type
+    """
+    _check_float("route", "x", x, 2)
+    _check(weight.dim() == 2, f"route: weight must be [E, {x.shape[1]}], got {list(weight.shape)}")
+    _check_like("route", x, {"weight": (weight, [weight.shape[0], x.shape[1]])})
+    _check(1 <= top_k <= weight.shape[0], f"route: top_k must be 1 to {weight.shape[0]}, got {top_k}")
+    return Routing(*torch.ops.optmem.route(x, weight, top_k))
+
+
+@torch.library.impl(library, "route", "CPU")
+def _route_cpu(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cpu = _cpp_for(x)
+    if cpu is None:
+        return reference.route(x, weight, top_k)
+    scores = _linear_rows_cpu(x, weight, torch.float32)
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _route_fake(x, weight, top_k)
+    cpu.route(_array(scores), *map(_array, out), torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("optmem::route")
+def _route_fake(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, wide = (x.shape[0], top_k), torch.float64 if x.dtype == torch.float64 else torch.float32
+    ids, weights = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=wide)
+    order = x.new_empty((x.shape[0] * top_k,), dtype=torch.int32)
+    return ids, weights, order, x.new_empty((weight.shape[0] + 1,), dtype=torch.int32)
+
+
+torch.library.impl(library, "route", "CUDA")(reference.route)
+_described.append(_cpp_or_reference("route"))
+_described.append(partial(_torch_on_cuda, "route"))
+
+
+# --- expert_mlp -----------------------------------------------------------------------------------------------------------------
+
+library.define("expert_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor order, Tensor starts) -> Tensor")
+
+
+def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    """Every token through its experts: sum of weight * down(silu(gate(x)) * up(x)), in fp32, rounded once.
+
+    x        [T, D]
+    gate_up  [E, 2 * F, D]    an expert's gate rows, then its up rows
+    down     [E, D, F]
+    -> [T, D]
+
+    On CPU a token's result does not depend on the others, bit for bit.
+    """
+    _check_float("expert_mlp", "x", x, 2)
+    _check(down.dim() == 3, f"expert_mlp: down must be [E, {x.shape[1]}, F], got {list(down.shape)}")
+    tokens, hidden = x.shape
+    experts, _, width = down.shape
+    shapes = {"gate_up": (gate_up, [experts, 2 * width, hidden]), "down": (down, [experts, hidden, width])}
+    _check_like("expert_mlp", x, shapes)
+    _check(
+        routing.weights.dim() == 2 and routing.weights.shape[0] == tokens and routing.weights.shape[1] > 0,
+        f"expert_mlp: weights must be [{tokens}, top_k], got {list(routing.weights.shape)}",
+    )
+    _check_index("expert_mlp", "order", routing.order, torch.int32, [routing.weights.numel()])
+    _check_index("expert_mlp", "starts", routing.starts, torch.int32, [experts + 1])
+    with _as_input_error():
+        out: Tensor = torch.ops.optmem.expert_mlp(x, gate_up, down, routing.weights, routing.order, routing.starts)
+    return out
+
+
+@torch.library.impl(library, "expert_mlp", "CPU")
+def _expert_mlp_cpu(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    cpu = _cpp_for(x)
+    inputs = (x, gate_up, down, weights, order, starts)
+    if cpu is None:
+        return reference.expert_mlp(*inputs)
+    out = x.new_empty(x.shape)
+    cpu.expert_mlp(*map(_array, inputs), _array(out), torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("optmem::expert_mlp")
+def _expert_mlp_fake(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+torch.library.impl(library, "expert_mlp", "CUDA")(reference.expert_mlp)
+_described.append(_cpp_or_reference("expert_mlp"))
+_described.append(partial(_torch_on_cuda, "expert_mlp"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -102,7 +104,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     k, v = (tensor.repeat_interleave(groups, 2).transpose(1, 2) for tensor in (key, value))
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     logits = logits.masked_fill(~attention_mask(num_queries, num_keys, prefix, query.device), -torch.inf)
-    return (_softmax(logits) @ v).transpose(1, 2)
+    mixed: Tensor = (_softmax(logits) @ v).transpose(1, 2)
+    return mixed.contiguous()
 
 
 def attention_mask(num_queries: int, num_keys: int, prefix: int, device: torch.device) -> Tensor:
@@ -123,24 +126,26 @@ def global_attention(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tenso
     """Attention over a grid; query and key are also apart by rows and columns.  Shapes as in ops.global_attention."""
     num_grids, height, width, channels = qkv.shape
     head_dim = rel_pos_h.shape[1]
-    q, k, v = qkv.view(num_grids, height * width, 3, -1, head_dim).permute(2, 0, 3, 1, 4)  # [B, heads, h * w, d]
+    heads = channels // 3 // head_dim
+    q, k, v = qkv.view(num_grids, height * width, 3, heads, head_dim).permute(2, 0, 3, 1, 4)  # [B, heads, h * w, d]
     on_grid = q.unflatten(2, (height, width))
     by_row = torch.einsum("bnhwd,hkd->bnhwk", on_grid, relative_rows(rel_pos_h))  # of the q that is not scaled
     by_column = torch.einsum("bnhwd,wkd->bnhwk", on_grid, relative_rows(rel_pos_w))
     bias = by_row[..., None] + by_column[..., None, :]  # [B, heads, h, w, h, w]
     logits = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.flatten(4).flatten(2, 3)
-    return (_softmax(logits) @ v).transpose(1, 2).reshape(num_grids, height, width, channels // 3)
+    mixed: Tensor = (_softmax(logits) @ v).transpose(1, 2)
+    return mixed.reshape(num_grids, height, width, channels // 3)
 
 
 def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     """global_attention inside windows; what a window has beyond the grid holds the bias.  Shapes as in ops.window_attention."""
-    num_grids, height, width, _ = qkv.shape
+    num_grids, height, width, channels = qkv.shape
     window = (rel_pos_h.shape[0] + 1) // 2
     windows = to_windows(qkv, bias, window)
     mixed = global_attention(windows.flatten(0, 2), rel_pos_h, rel_pos_w)
     rows, columns = windows.shape[1:3]
-    mixed = mixed.view(num_grids, rows, columns, window, window, -1).transpose(2, 3)
-    return mixed.reshape(num_grids, rows * window, columns * window, -1)[:, :height, :width].contiguous()
+    mixed = mixed.view(num_grids, rows, columns, window, window, channels // 3).transpose(2, 3)
+    return mixed.reshape(num_grids, rows * window, columns * window, channels // 3)[:, :height, :width].contiguous()
 
 
 def to_windows(qkv: Tensor, bias: Tensor, window: int) -> Tensor:
@@ -182,3 +187,122 @@ def compress(
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """A 3 x 3 convolution with padding 1 of [B, h, w, C]."""
     return torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, stride=stride, padding=1).permute(0, 2, 3, 1)
+
+
+# --- the decoder ----------------------------------------------------------------------------------------------------------------
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    """Sums of 16-bit numbers are kept in fp32; fp64 stays, so that these functions also say what is exact."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x weight^T, rounded once to dtype.  Shapes as in ops.linear_rows."""
+    inside = torch.promote_types(x.dtype, dtype)
+    product: Tensor = torch.nn.functional.linear(x.to(inside), weight.to(inside))
+    return product.to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide by the root of the mean square, round to x's type, and only then multiply by the weight."""
+    wide = _at_least_fp32(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rounded sum, and its norm."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, rounded once."""
+    return (torch.nn.functional.silu(_at_least_fp32(gate)) * up).to(gate.dtype)
+
+
+def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE over the whole head: channel i turns with channel i + D / 2.  x [T, H, D], cos and sin [T, D / 2]."""
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def rope_cache(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    """Rotate the queries in place, write rotated keys and values to their cells.  Shapes as in ops.rope_cache."""
+    queries.copy_(rotate_half_split(queries, cos, sin))
+    is_kept = slots >= 0
+    cells = slots[is_kept]
+    key_cache.flatten(0, 1)[cells] = rotate_half_split(keys, cos, sin)[is_kept]
+    value_cache.flatten(0, 1)[cells] = values[is_kept]
+
+
+def paged_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Every sequence's last tokens over its pages, one sequence after the other.  Shapes as in ops.paged_attention."""
+    out = torch.empty_like(queries)
+    page_size = keys.shape[1]
+    for b, (start, end, length, prompt) in enumerate(
+        zip(starts[:-1].tolist(), starts[1:].tolist(), lengths.tolist(), prompts.tolist(), strict=True)
+    ):
+        allowed = allowed_keys(length - (end - start), length, prompt, window, queries.device)  # [end - start, length]
+        key = allowed.any(0).nonzero().flatten()  # what no query sees may have been given back
+        cells = table[b].long()[key // page_size] * page_size + key % page_size
+        seen_keys, seen_values = (_at_least_fp32(cache.flatten(0, 1)[cells]) for cache in (keys, values))  # [keys, H, D]
+        scores = torch.einsum("qhd,khd->hqk", _at_least_fp32(queries[start:end]), seen_keys) * scale
+        weights = scores.masked_fill(~allowed[:, key], -torch.inf).softmax(-1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", weights, seen_values).to(out.dtype)
+    return out
+
+
+def allowed_keys(first: int, length: int, prompt: int, window: int, device: torch.device) -> Tensor:
+    """What queries first .. length see: bool [length - first, length].  A window never hides the prompt and counts the query."""
+    i = torch.arange(first, length, device=device)[:, None]
+    j = torch.arange(length, device=device)
+    is_past = j <= i
+    return is_past if window == 0 else is_past & ((j < prompt) | (j > i - window))
+
+
+def route(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax over the experts, the top_k likeliest, not renormalised; and the pairs sorted by expert.  As in ops.route."""
+    scores = torch.nn.functional.linear(_at_least_fp32(x), _at_least_fp32(weight)).softmax(-1)
+    weights, ids = scores.sort(dim=-1, descending=True, stable=True)  # of equals the lower id, which topk does not promise
+    weights, ids = weights[:, :top_k].contiguous(), ids[:, :top_k].contiguous()
+    order = ids.flatten().argsort(stable=True)
+    counts = torch.bincount(ids.flatten(), minlength=weight.shape[0])
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return ids.int(), weights, order.int(), starts.int()
+
+
+def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """SwiGLU of every used expert over its tokens; sums in fp32, rounded once.  Shapes as in ops.expert_mlp."""
+    sums = torch.zeros_like(_at_least_fp32(x))
+    top_k = weights.shape[1]
+    edges = starts.tolist()
+    for expert, (start, end) in enumerate(itertools.pairwise(edges)):
+        if start == end:
+            continue
+        pairs = order[start:end].long()
+        tokens = pairs // top_k
+        gate, up = torch.nn.functional.linear(x[tokens], gate_up[expert]).chunk(2, dim=-1)
+        outputs = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert])
+        sums.index_add_(0, tokens, (outputs * weights.flatten()[pairs, None]).to(sums.dtype))
+    return sums.to(x.dtype)

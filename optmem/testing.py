@@ -118,3 +118,58 @@ def patch_embed_inputs(
     positions = torch.randn(height, across, width, generator=rng)
     weight, bias, positions = (tensor.to(device, dtype) for tensor in (weight, bias, positions))
     return pixels.to(device), weight, bias, positions
+
+
+def global_attention_inputs(
+    num_grids: int, grid: tuple[int, int], heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv and both tables; relative positions move the logits as much as queries and keys do."""
+    rng = generator(f"global_attention {num_grids} {grid} {heads} {head_dim}")
+    height, width = grid
+    qkv = torch.randn(num_grids, height, width, 3 * heads * head_dim, generator=rng)
+    rel_pos_h, rel_pos_w = (torch.randn(2 * side - 1, head_dim, generator=rng) / head_dim**0.5 for side in grid)
+    qkv, rel_pos_h, rel_pos_w = (tensor.to(device, dtype) for tensor in (qkv, rel_pos_h, rel_pos_w))
+    return qkv, rel_pos_h, rel_pos_w
+
+
+def window_attention_inputs(
+    num_grids: int, grid: tuple[int, int], window: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv, the bias that fills windows beyond the grid, and both tables."""
+    rng = generator(f"window_attention {num_grids} {grid} {window} {heads} {head_dim}")
+    qkv, _, _ = global_attention_inputs(num_grids, grid, heads, head_dim, dtype, device)
+    bias = torch.randn(3 * heads * head_dim, generator=rng)
+    rel_pos_h, rel_pos_w = (torch.randn(2 * window - 1, head_dim, generator=rng) / head_dim**0.5 for _ in "hw")
+    bias, rel_pos_h, rel_pos_w = (tensor.to(device, dtype) for tensor in (bias, rel_pos_h, rel_pos_w))
+    return qkv, bias, rel_pos_h, rel_pos_w
+
+
+def attention_inputs(
+    batch: int, num_queries: int, num_keys: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value; heads are those of queries and of keys."""
+    rng = generator(f"attention {batch} {num_queries} {num_keys} {heads} {head_dim}")
+    shapes = ((num_queries, heads[0]), (num_keys, heads[1]), (num_keys, heads[1]))
+    query, key, value = (torch.randn(batch, *shape, head_dim, generator=rng).to(device, dtype) for shape in shapes)
+    return query, key, value
+
+
+def compress_inputs(
+    num_grids: int, grid: tuple[int, int], widths: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Patches and eight weights; widths are those of patches, neck and the two convolutions."""
+    rng = generator(f"compress {num_grids} {grid} {widths}")
+    patch, neck, middle, last = widths
+    norm = ((neck,), (neck,))
+    shapes = ((neck, patch, 1, 1), *norm, (neck, neck, 3, 3), *norm, (middle, neck, 3, 3), (last, middle, 3, 3))
+    weights = [torch.randn(shape, generator=rng) / max(1, shape[1:].numel()) ** 0.5 for shape in map(torch.Size, shapes)]
+    patches = torch.randn(num_grids, *grid, patch, generator=rng)
+    return tuple(tensor.to(device, dtype) for tensor in (patches, *weights))
+
+
+def every_other(tensor: Tensor) -> Tensor:
+    """The same values, one cell apart, with 255 or NaN between them."""
+    filling = torch.nan if tensor.dtype.is_floating_point else 255
+    wide = torch.full((*tensor.shape, 2), filling, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 0] = tensor
+    return wide[..., 0]

@@ -13,12 +13,12 @@ import optmem
 ROOT = Path(optmem.__file__).parent
 # Each layer may import from itself and from those before it (shared design: Layers).
 LAYERS = [
-    {"errors", "config", "native", "reference", "ops", "env", "interpreter"},
+    {"errors", "config", "files", "native", "reference", "blockwise", "ops", "env", "interpreter"},
     {"text"},
     {"pages"},
     {"images", "pixels"},
     {"model"},
-    {"demo", "testing", "cli"},
+    {"demo", "testing", "testing_checkpoint", "cli"},
 ]
 
 

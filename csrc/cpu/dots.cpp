@@ -1,0 +1,156 @@
+#include "cpu/dots.h"
+
+#include <immintrin.h>
+
+#include <utility>
+
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own AVX-512 header begins with an undefined register
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+
+#define OPTMEM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+
+namespace optmem {
+namespace {
+
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+
+// 64 bytes of a row; what lies behind its end is zero.
+template <typename T>
+OPTMEM_INLINE Words load(const T* from, int64_t count) {
+  Words words = {};
+  if (count * sizeof(T) >= 64) {
+    std::memcpy(&words, from, 64);
+  } else {
+    std::memcpy(&words, from, count * sizeof(T));
+  }
+  return words;
+}
+
+OPTMEM_INLINE void add_products(const Words& weight, const Words& token, float, Floats& sum) {
+  sum += reinterpret_cast<Floats>(weight) * reinterpret_cast<Floats>(token);
+}
+
+// A word holds two neighbours: the lower becomes a float by a shift, the upper by a mask.
+OPTMEM_INLINE void add_products(const Words& weight, const Words& token, Bf16, Floats& sum) {
+  sum += reinterpret_cast<Floats>(weight << 16) * reinterpret_cast<Floats>(token << 16);
+  sum += reinterpret_cast<Floats>(weight & 0xffff0000u) * reinterpret_cast<Floats>(token & 0xffff0000u);
+}
+
+OPTMEM_INLINE float total(const Floats& lanes) {
+  float half[8];
+  for (int i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
+  for (int width = 4; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) half[i] += half[i + width];
+  }
+  return half[0];
+}
+
+template <typename T, int kRows, int kTokens>
+OPTMEM_INLINE void dots_body(const T* weight, int64_t stride, int64_t in, const T* const* tokens, float* sums) {
+  constexpr int64_t kStep = 64 / sizeof(T);
+  Floats lanes[kRows][kTokens] = {};
+  for (int64_t i = 0; i < in; i += kStep) {
+    Words rows[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) rows[r] = load(weight + r * stride + i, in - i);
+#pragma GCC unroll 6
+    for (int m = 0; m < kTokens; ++m) {
+      const Words token = load(tokens[m] + i, in - i);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) add_products(rows[r], token, T{}, lanes[r][m]);
+    }
+  }
+  for (int m = 0; m < kTokens; ++m) {
+    for (int r = 0; r < kRows; ++r) sums[kDotRows * m + r] = total(lanes[r][m]);
+  }
+}
+
+// The sums of four registers, side by side.
+OPTMEM_BF16 inline __m128 total4(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+OPTMEM_BF16 OPTMEM_INLINE __m512bh load_bf16(const Bf16* from, __mmask32 mask) {
+  return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
+}
+
+// Two products an instruction, summed in fp32: 5 times the generic loop at six tokens.
+template <int kRows, int kTokens>
+OPTMEM_BF16 void dots_bf16(const Bf16* weight, int64_t stride, int64_t in, const Bf16* const* tokens, float* sums) {
+  __m512 lanes[kDotRows][kTokens];
+#pragma GCC unroll 4
+  for (int r = 0; r < kDotRows; ++r) {
+#pragma GCC unroll 6
+    for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < in; i += 32) {
+    const __mmask32 mask = in - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (in - i)) - 1;
+    __m512bh rows[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      // The next tile's rows: a row is too short for the machine to find the pattern.  10 % at four tokens and more.
+      _mm_prefetch(reinterpret_cast<const char*>(weight + (r + kDotRows) * stride + i), _MM_HINT_T0);
+      rows[r] = load_bf16(weight + r * stride + i, mask);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < kTokens; ++m) {
+      const __m512bh token = load_bf16(tokens[m] + i, mask);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) lanes[r][m] = _mm512_dpbf16_ps(lanes[r][m], rows[r], token);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < kTokens; ++m) {
+    _mm_storeu_ps(sums + kDotRows * m, total4(lanes[0][m], lanes[1][m], lanes[2][m], lanes[3][m]));
+  }
+}
+
+// One struct for every tile, so that OPTMEM_VARIANTS can make its three functions.
+template <typename T, int kRows, int kTokens>
+struct Tile {
+  OPTMEM_VARIANTS(dots, (dots_body<T, kRows, kTokens>),
+                  (const T* weight, int64_t stride, int64_t in, const T* const* tokens, float* sums),
+                  (weight, stride, in, tokens, sums))
+};
+
+template <typename Any>
+auto tile_dots() {
+  return OPTMEM_DISPATCH(Any::dots);
+}
+
+template <typename T, int... kLess>
+DotKernel<T> generic_kernel(std::integer_sequence<int, kLess...>) {
+  // Sixteen registers of half the width hold the sums of no more than two tokens.
+  const int tokens = current_isa() == Isa::avx512 ? kDotTokens : 2;
+  return {{tile_dots<Tile<T, kDotRows, kLess + 1>>()...}, {tile_dots<Tile<T, 1, kLess + 1>>()...}, tokens};
+}
+
+template <int... kLess>
+DotKernel<Bf16> bf16_kernel(std::integer_sequence<int, kLess...>) {
+  return {{dots_bf16<4, kLess + 1>...}, {dots_bf16<1, kLess + 1>...}, kDotTokens};
+}
+
+using Tokens = std::make_integer_sequence<int, kDotTokens>;
+
+}  // namespace
+
+template <>
+DotKernel<float> dot_kernel() {
+  return generic_kernel<float>(Tokens{});
+}
+
+template <>
+DotKernel<Bf16> dot_kernel() {
+  const bool has_bf16 = current_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return has_bf16 ? bf16_kernel(Tokens{}) : generic_kernel<Bf16>(Tokens{});
+}
+
+}  // namespace optmem

@@ -1,0 +1,127 @@
+#include "cpu/expert_mlp.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/dots.h"
+
+namespace optmem {
+namespace {
+
+template <typename T>
+void check_job(const ExpertMlp<T>& job) {
+  check(job.starts[0] == 0 && job.starts[job.experts] == job.pairs(), "expert_mlp: starts must run from 0 to ", job.pairs(),
+        ", got ", job.starts[0], " to ", job.starts[job.experts]);
+  for (int64_t e = 0; e < job.experts; ++e) {
+    check(job.starts[e] <= job.starts[e + 1], "expert_mlp: starts must not decrease, but do at expert ", e);
+  }
+  for (int64_t i = 0; i < job.pairs(); ++i) {
+    check(job.order[i] >= 0 && job.order[i] < job.pairs(), "expert_mlp: order names pair ", job.order[i], " of ", job.pairs());
+  }
+}
+
+template <typename T>
+OPTMEM_INLINE void gate_body(const float* gate, const float* up, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = narrow<T>(silu(gate[i]) * up[i]);
+}
+
+template <typename T>
+OPTMEM_INLINE void narrow_body(const float* from, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = narrow<T>(from[i]);
+}
+
+OPTMEM_INLINE void add_body(const float* from, float weight, float* sums) {
+  for (int64_t i = 0; i < kChunk; ++i) sums[i] += weight * from[i];
+}
+
+template <typename T>
+struct Finish {
+  OPTMEM_VARIANTS(gate, gate_body<T>, (const float* gate, const float* up, int64_t count, T* out), (gate, up, count, out))
+  OPTMEM_VARIANTS(store, narrow_body<T>, (const float* from, int64_t count, T* out), (from, count, out))
+  OPTMEM_VARIANTS(add, add_body, (const float* from, float weight, float* sums), (from, weight, sums))
+};
+
+// A piece of the first projection: one expert, up to kChunk columns of its width.
+struct Piece {
+  int64_t expert, first;
+};
+
+template <typename T>
+std::vector<Piece> pieces_of(const ExpertMlp<T>& job) {
+  std::vector<Piece> pieces;
+  for (int64_t e = 0; e < job.experts; ++e) {
+    if (job.starts[e] == job.starts[e + 1]) continue;
+    for (int64_t first = 0; first < job.width; first += kChunk) pieces.push_back({e, first});
+  }
+  return pieces;
+}
+
+// inner[i] = silu(gate) * up for the expert's pairs and the piece's columns; tokens[i] is the row of x of the i-th pair in order.
+template <typename T>
+void project_in(const ExpertMlp<T>& job, const DotKernel<T>& kernel, Piece piece, const T* const* tokens, T* inner) {
+  const int64_t rows = std::min(kChunk, job.width - piece.first), end = job.starts[piece.expert + 1];
+  const T* gate_rows = job.gate_up + (piece.expert * 2 * job.width + piece.first) * job.hidden;
+  const T* up_rows = gate_rows + job.width * job.hidden;
+  const auto apply = OPTMEM_DISPATCH(Finish<T>::gate);
+  float gate[kChunk * kDotTokens], up[kChunk * kDotTokens];
+  for (int64_t i = job.starts[piece.expert]; i < end; i += kernel.tokens) {
+    const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, end - i));
+    dot_chunk(kernel, gate_rows, rows, job.hidden, job.hidden, tokens + i, count, gate);
+    dot_chunk(kernel, up_rows, rows, job.hidden, job.hidden, tokens + i, count, up);
+    for (int m = 0; m < count; ++m) apply(gate + kChunk * m, up + kChunk * m, rows, inner + (i + m) * job.width + piece.first);
+  }
+}
+
+// Columns first .. first + kChunk of out, for all tokens and experts.  sums is [tokens, kChunk] and zero.
+template <typename T>
+void project_out(const ExpertMlp<T>& job, const DotKernel<T>& kernel, int64_t first, const T* const* inner, float* sums) {
+  const int64_t rows = std::min(kChunk, job.hidden - first);
+  const auto add = OPTMEM_DISPATCH(Finish<T>::add);
+  const auto store = OPTMEM_DISPATCH(Finish<T>::store);
+  float dots[kChunk * kDotTokens] = {};
+  for (int64_t e = 0; e < job.experts; ++e) {
+    const T* down_rows = job.down + (e * job.hidden + first) * job.width;
+    for (int64_t i = job.starts[e]; i < job.starts[e + 1]; i += kernel.tokens) {
+      const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.starts[e + 1] - i));
+      dot_chunk(kernel, down_rows, rows, job.width, job.width, inner + i, count, dots);
+      for (int m = 0; m < count; ++m) {
+        const int32_t pair = job.order[i + m];
+        add(dots + kChunk * m, job.weights[pair], sums + pair / job.top_k * kChunk);
+      }
+    }
+  }
+  for (int64_t t = 0; t < job.tokens; ++t) store(sums + t * kChunk, rows, job.out + t * job.hidden + first);
+}
+
+}  // namespace
+
+template <typename T>
+void expert_mlp(const ExpertMlp<T>& job, int num_threads) {
+  check_job(job);
+  const DotKernel<T> kernel = dot_kernel<T>();
+  const std::vector<Piece> pieces = pieces_of(job);
+  std::vector<T> inner(job.pairs() * job.width);
+  std::vector<const T*> inner_rows(job.pairs()), x_rows(job.pairs());
+  for (int64_t i = 0; i < job.pairs(); ++i) {
+    x_rows[i] = job.x + job.order[i] / job.top_k * job.hidden;
+    inner_rows[i] = inner.data() + i * job.width;
+  }
+  const int64_t num_pieces = static_cast<int64_t>(pieces.size());
+#pragma omp parallel num_threads(num_threads)
+  {
+    std::vector<float> sums(job.tokens * kChunk);
+#pragma omp for schedule(dynamic)
+    for (int64_t p = 0; p < num_pieces; ++p) project_in(job, kernel, pieces[p], x_rows.data(), inner.data());
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < job.hidden; first += kChunk) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      project_out(job, kernel, first, inner_rows.data(), sums.data());
+    }
+  }
+}
+
+template void expert_mlp(const ExpertMlp<Bf16>&, int);
+template void expert_mlp(const ExpertMlp<float>&, int);
+
+}  // namespace optmem

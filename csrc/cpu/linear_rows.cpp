@@ -1,0 +1,45 @@
+#include "cpu/linear_rows.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/dots.h"
+
+namespace optmem {
+namespace {
+
+template <typename Out>
+OPTMEM_INLINE void store_body(const float* sums, int64_t count, Out* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = narrow<Out>(sums[i]);
+}
+
+template <typename Out>
+struct Store {
+  OPTMEM_VARIANTS(store, store_body<Out>, (const float* sums, int64_t count, Out* out), (sums, count, out))
+};
+
+}  // namespace
+
+template <typename T, typename Out>
+void linear_rows(const LinearRows<T, Out>& job, int num_threads) {
+  const DotKernel<T> kernel = dot_kernel<T>();
+  const auto store = OPTMEM_DISPATCH(Store<Out>::store);
+  std::vector<const T*> tokens(job.tokens);
+  for (int64_t t = 0; t < job.tokens; ++t) tokens[t] = job.x + t * job.in;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+  for (int64_t first = 0; first < job.rows; first += kChunk) {
+    const int64_t rows = std::min(kChunk, job.rows - first);
+    float sums[kChunk * kDotTokens];
+    for (int64_t t = 0; t < job.tokens; t += kernel.tokens) {
+      const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.tokens - t));
+      dot_chunk(kernel, job.weight + first * job.in, rows, job.in, job.in, &tokens[t], count, sums);
+      for (int m = 0; m < count; ++m) store(sums + kChunk * m, rows, job.out + (t + m) * job.rows + first);
+    }
+  }
+}
+
+template void linear_rows(const LinearRows<Bf16, Bf16>&, int);
+template void linear_rows(const LinearRows<Bf16, float>&, int);
+template void linear_rows(const LinearRows<float, float>&, int);
+
+}  // namespace optmem

@@ -1,0 +1,86 @@
+"""rope_cache: every instruction set against the reference, in place and nowhere else."""
+
+import pytest
+import torch
+
+from optmem import ops, reference
+from optmem.errors import InputError
+from optmem.model.decoder import rope_table
+from optmem.testing import assert_close, assert_equal, available_isas, fenced, forced_isa, generator
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(tokens, heads, dim, dtype, pages=3):
+    """Queries, keys, values, cos, sin, slots and two caches of NaN; the second token is nowhere in the cache."""
+    rng = generator(f"rope_cache {tokens} {heads} {dim}")
+    q, k, v = (torch.randn(tokens, heads, dim, generator=rng).to(dtype) for _ in range(3))
+    positions = torch.randint(0, 8192, (tokens,), generator=rng)
+    slots = torch.randperm(pages * 16, generator=rng)[:tokens]
+    slots[1:2] = -1
+    caches = [torch.full((pages, 16, heads, dim), torch.nan, dtype=dtype) for _ in range(2)]
+    return [fenced(t) for t in (q, k, v, *rope_table(positions, dim, 10000.0, dtype), slots, *caches)]
+
+
+def run(op, arguments):
+    arguments = [t.clone() for t in arguments]
+    op(*arguments)
+    return arguments[0], arguments[6], arguments[7]
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 2), (3, 2, 10), (5, 10, 128), (40, 3, 34)])
+def test_matches_reference(isa, dtype, tokens, heads, dim):
+    arguments = inputs(tokens, heads, dim, dtype)
+    with forced_isa(isa):
+        queries, keys, values = run(ops.rope_cache, arguments)
+    expected_queries, expected_keys, expected_values = run(reference.rope_cache, arguments)
+    exact = run(reference.rope_cache, [t.double() if t.is_floating_point() else t for t in arguments])
+    assert_equal(values.nan_to_num(7.0), expected_values.nan_to_num(7.0))
+    assert_equal(keys.isnan(), expected_keys.isnan())
+    assert_close(queries, expected_queries, exact=exact[0])
+    assert_close(keys.nan_to_num(7.0), expected_keys.nan_to_num(7.0), exact=exact[1].nan_to_num(7.0))
+
+
+def test_turns_the_two_halves_of_the_whole_head():
+    """Half-split, not interleaved: at position p channel i and channel i + D / 2 turn by p / theta^(2 i / D)."""
+    positions = torch.tensor([5])
+    q = torch.zeros(1, 1, 128)
+    q[0, 0, 3] = 1.0
+    cache = torch.zeros(1, 16, 1, 128)
+    ops.rope_cache(
+        q, q.clone(), q.clone(), *rope_table(positions, 128, 1e4, torch.float32), torch.tensor([0]), cache, cache.clone()
+    )
+    angle = torch.tensor(5 / 10000 ** (6 / 128))
+    assert torch.allclose(q[0, 0, [3, 67]], torch.stack([angle.cos(), angle.sin()]), atol=1e-6)
+    assert q.count_nonzero() == 2
+    assert_equal(cache[0, 0], q[0])
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "words"),
+    [
+        (0, torch.zeros(4, 2, 7), "even width, got 7"),
+        (1, torch.zeros(4, 2, 6), r"keys must be \[4, 2, 8\]"),
+        (3, torch.zeros(4, 8), r"cos must be \[4, 4\]"),
+        (5, torch.zeros(4, dtype=torch.int32), "slots must be torch.int64"),
+        (5, torch.tensor([0, 1, 2, 48]), "token 3 goes to cell 48 of 48"),
+        (6, torch.zeros(3, 16, 2, 16)[..., ::2], "key_cache is written in place and must be contiguous"),
+        (7, torch.zeros(2, 16, 2, 8), r"value_cache must be \[3, 16, 2, 8\]"),
+    ],
+)
+def test_refuses_wrong_arguments(position, wrong, words):
+    arguments = inputs(4, 2, 8, torch.float32)
+    arguments[position] = wrong
+    with pytest.raises(InputError, match=words):
+        ops.rope_cache(*arguments)
+
+
+def test_no_tokens_other_types_and_opcheck():
+    arguments = [t.nan_to_num(0.5) for t in inputs(4, 2, 8, torch.float32)]
+    empty = [t[:0] for t in arguments[:6]] + arguments[6:]
+    ops.rope_cache(*empty)
+    half = [t.half() if t.is_floating_point() else t for t in arguments]
+    assert_equal(run(ops.rope_cache, half)[1], run(reference.rope_cache, half)[1])
+    torch.library.opcheck(torch.ops.optmem.rope_cache, arguments)
