@@ -2,7 +2,11 @@
 
 Over a grid of 64 x 64 patches the bias alone is 4096 x 4096 numbers a head: written and read again it costs more than the
 attention does.  Here a block of logits is made, biased, normalised and used before the next one; nothing larger exists.
-Beside the bias in full and torch's own attention, bf16, 12 heads of 64, two Zen 5 cores: see bench/bench_global_attention.py.
+CPU-milliseconds on one Zen 5 core, one page of 1024 px, 12 heads of 64, bf16 (of that, the two products alone are 246):
+
+    blocks 558, torch's attention without any bias 643, with the bias a block at a time 843, transformers with all of it about 1200
+
+torch's attention with queries and keys widened by the positions, which needs no bias, was slower than transformers.
 """
 
 from __future__ import annotations

@@ -368,8 +368,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     return mixed
 
 
-@torch.library.impl(library, "attention", "CPU")
-def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+@torch.library.impl(library, "attention", "CompositeExplicitAutograd")
+def _attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     mask = None
     if prefix < key.shape[1]:
         mask = reference.attention_mask(query.shape[1], key.shape[1], prefix, query.device)
@@ -377,11 +377,6 @@ def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Te
     # torch's own kernel: no logits in memory, strided inputs as they are
     mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return mixed.transpose(1, 2).contiguous()
-
-
-@torch.library.impl(library, "attention", "CUDA")
-def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
-    return _attention_cpu(query, key, value, prefix)
 
 
 @torch.library.register_fake("optmem::attention")

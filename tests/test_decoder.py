@@ -132,11 +132,12 @@ def test_bf16_is_as_far_from_fp32_as_the_references_is():
     wide.load_state_dict({name: value.float() for name, value in decoder.state_dict().items()})
     embeddings = prompt_of(50, dtype=torch.bfloat16)
     exact = hidden_of(wide, embeddings.float())
+    # Of every token, then the median: where two experts are nearly tied, rounding chooses, and one token is far off in either.
     error, theirs = (
-        (states.float() - exact).square().mean().sqrt()
+        (states.float() - exact).square().mean(1).sqrt().median()
         for states in (hidden_of(decoder, embeddings), Oracle(decoder).hidden(embeddings))
     )
-    assert error < 1.25 * theirs
+    assert error < 1.1 * theirs
 
 
 @pytest.mark.parametrize("seed", [4, 5])

@@ -1,14 +1,16 @@
 """What a model is, as frozen dataclasses with the numbers of the public families, read from and written to their config.json.
 
-    deepseek-ocr    V1: windowed and global stage, compressor, CLIP stage, newlines
-    unlimited-ocr   UL: V1's shapes; the decoder sees the prompt and its last 128 tokens
-    deepseek-ocr-2  V2: the second stage is a causal decoder over learned queries; no newlines
+deepseek-ocr    V1: windowed and global stage, compressor, CLIP stage, newlines
+unlimited-ocr   UL: V1's shapes; the decoder sees the prompt and its last 128 tokens
+deepseek-ocr-2  V2: the second stage is a causal decoder over learned queries; no newlines
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from optmem.errors import InputError
 
 Family = Literal["deepseek-ocr", "unlimited-ocr", "deepseek-ocr-2"]
 
@@ -106,3 +108,54 @@ class ModelConfig:
             return self.query.width
         assert self.clip is not None
         return self.clip.width + self.stage_one.channels[-1]
+
+
+def scaled(config: ModelConfig, scale: float) -> ModelConfig:
+    """A model with its structure kept and its sizes multiplied: widths in whole heads, depths, experts and vocabulary.
+
+    scale 1 changes nothing; a tenth of a public model has about ten million weights.
+    """
+    if not 0 < scale <= 1:
+        raise InputError(f"scale must be above 0 and at most 1, got {scale}")
+
+    def part(whole: int, least: int = 1, multiple: int = 1) -> int:
+        return max(round(whole * scale / multiple), least) * multiple
+
+    one, decoder, clip, query = config.stage_one, config.decoder, config.clip, config.query
+    layers = part(one.layers, 3)
+    second = part(one.channels[1], 1, 64)
+    if clip is not None:
+        heads = second // (clip.width // clip.heads)
+        clip = replace(clip, width=second, heads=heads, layers=part(clip.layers), mlp_width=part(clip.mlp_width, 1, 64))
+    if query is not None:
+        groups = part(query.kv_heads)
+        second = query.width // query.kv_heads * groups
+        sizes = {"width": second, "heads": query.heads // query.kv_heads * groups, "kv_heads": groups}
+        query = replace(query, layers=part(query.layers), mlp_width=part(query.mlp_width, 1, 64), **sizes)
+    vocab_size = part(decoder.vocab_size, 8, 128)
+    return replace(
+        config,
+        stage_one=replace(
+            one,
+            width=one.width // one.heads * part(one.heads),
+            heads=part(one.heads),
+            layers=layers,
+            mlp_width=part(one.mlp_width, 1, 64),
+            global_layers=tuple(layer for layer in one.global_layers if layer < layers),
+            neck_width=part(one.neck_width, 1, 16),
+            channels=(part(one.channels[0], 1, 32), second),
+        ),
+        clip=clip,
+        query=query,
+        decoder=replace(
+            decoder,
+            vocab_size=vocab_size,
+            hidden=decoder.head_dim * part(decoder.heads),
+            heads=part(decoder.heads),
+            layers=part(decoder.layers, 2),
+            dense_width=part(decoder.dense_width, 1, 32),
+            experts=part(decoder.experts, decoder.top_k + 2),
+            expert_width=part(decoder.expert_width, 1, 16),
+        ),
+        image_id=min(config.image_id, vocab_size - 1),
+    )

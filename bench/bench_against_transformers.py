@@ -1,0 +1,208 @@
+"""Our model against transformers' Unlimited-OCR: the same random full-size weights, bf16, two threads, one process.
+
+    python bench/bench_against_transformers.py [--scale 1.0] [--rounds 5] [--anyway]
+
+Both models share the weights' memory.  Answers are compared before any clock starts; the two sides take turns; the ratio is of the
+medians.  Refuses to report where other processes used more than a tenth of a core meanwhile, unless --anyway is given.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers.models.unlimited_ocr import UnlimitedOcrConfig, UnlimitedOcrForConditionalGeneration
+
+from optmem import reference
+from optmem.model.cache import Cache
+from optmem.model.keys import to_transformers
+from optmem.model.model import Model
+from optmem.testing import generator
+
+THREADS = 2
+PREFILL = 285  # a Base page and its prompt
+QUIET = 0.1  # cores that other processes may use
+
+
+def build_transformers(model: Model):
+    """transformers' model around our tensors: nothing is copied."""
+    one, clip, text = model.config.stage_one, model.config.clip, model.config.decoder
+    config = UnlimitedOcrConfig(
+        vision_config={
+            "sam_config": {
+                "hidden_size": one.width,
+                "output_channels": one.neck_width,
+                "num_hidden_layers": one.layers,
+                "num_attention_heads": one.heads,
+                "global_attn_indexes": list(one.global_layers),
+                "mlp_dim": one.mlp_width,
+                "downsample_channels": list(one.channels),
+            },
+            "encoder_config": {
+                "hidden_size": clip.width,
+                "intermediate_size": clip.mlp_width,
+                "num_hidden_layers": clip.layers,
+                "num_attention_heads": clip.heads,
+            },
+        },
+        text_config={
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden,
+            "intermediate_size": text.dense_width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.heads,
+            "n_routed_experts": text.experts,
+            "n_shared_experts": text.shared_experts,
+            "num_experts_per_tok": text.top_k,
+            "moe_intermediate_size": text.expert_width,
+            "first_k_dense_replace": text.dense_layers,
+            "sliding_window": text.window,
+        },
+        image_token_id=model.config.image_id,
+        dtype=model.decoder.dtype,
+    )
+    with torch.device("meta"):
+        whole = UnlimitedOcrForConditionalGeneration(config).eval()
+    weights = {f"model.{name}": value for name, value in to_transformers(model.encoder.state_dict()).items()}
+    for name, value in model.decoder.state_dict().items():
+        packed = name + "_proj" if name.endswith((".experts.gate_up", ".experts.down")) else name
+        weights[packed.replace("model.", "model.language_model.", 1)] = value
+    whole.load_state_dict(weights, strict=True, assign=True)
+    rotary = whole.model.language_model.rotary_emb
+    whole.model.language_model.rotary_emb = type(rotary)(whole.config.text_config)
+    for module in whole.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                assert name == "position_ids", f"a buffer that no checkpoint holds: {name}"
+                module.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+    return whole
+
+
+def as_floats(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return reference.normalise(pixels, torch.float32).permute(0, 3, 1, 2).to(dtype)
+
+
+def check(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    assert error < tolerance, f"{name}: relative error {error:.3g}, tolerance {tolerance}"
+
+
+class Case:
+    """Two ways to the same answer, compared once and then timed in turn."""
+
+    def __init__(self, name: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], torch.Tensor], tolerance: float) -> None:
+        self.name, self.ours, self.theirs = name, ours, theirs
+        check(name, ours(), theirs(), tolerance)
+
+    def measure(self, rounds: int) -> dict[str, object]:
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for clock, run in zip(times, (self.ours, self.theirs), strict=True):
+                start = time.perf_counter()
+                run()
+                clock.append(time.perf_counter() - start)
+        ours, theirs = map(statistics.median, times)
+        return {
+            "case": self.name,
+            "ours_ms": round(1e3 * ours, 2),
+            "theirs_ms": round(1e3 * theirs, 2),
+            "ratio": round(theirs / ours, 2),
+        }
+
+
+def encode_case(model: Model, whole, side: int) -> Case:
+    pixels = torch.randint(0, 256, (1, side, side, 3), generator=generator(f"encode {side}"), dtype=torch.uint8)
+    floats = as_floats(pixels, model.decoder.dtype)
+    vision = whole.model
+
+    def theirs() -> torch.Tensor:
+        return vision.multi_modal_projector(vision.vision_tower(floats).last_hidden_state)
+
+    return Case(f"encode {side} px", lambda: model.encoder(pixels), theirs, 0.05)
+
+
+def prefill_case(model: Model, whole, length: int) -> Case:
+    embeddings = model.decoder.embed(torch.randint(0, 1000, (length,), generator=generator("prefill")))
+
+    def ours() -> torch.Tensor:
+        cache = Cache.for_tokens(model.config.decoder, length, model.decoder.dtype)
+        hidden = model.decoder(embeddings, cache.batch([cache.new_sequence(prompt=length)], [length]), cache)
+        return model.decoder.logits(hidden[-1:])
+
+    def theirs() -> torch.Tensor:
+        return whole(inputs_embeds=embeddings[None], logits_to_keep=1, use_cache=True).logits[0]
+
+    return Case(f"prefill {length} tokens", ours, theirs, 0.1)
+
+
+def decode_case(model: Model, whole, batch: int, steps: int) -> Case:
+    """Steps of one token for every sequence of the batch, after the same prompts."""
+    rng = generator(f"decode {batch}")
+    prompts = torch.randint(0, 1000, (batch, PREFILL), generator=rng)
+    tokens = torch.randint(0, 1000, (steps, batch), generator=rng)
+    decoder = model.decoder
+    cache = Cache.for_tokens(model.config.decoder, batch * (PREFILL + 4096), decoder.dtype)
+    sequences = [cache.new_sequence(prompt=PREFILL) for _ in range(batch)]
+    decoder(decoder.embed(prompts.flatten()), cache.batch(sequences, [PREFILL] * batch), cache)
+    state = {"theirs": whole(input_ids=prompts, logits_to_keep=1, use_cache=True).past_key_values}
+
+    def ours() -> torch.Tensor:
+        for step in tokens:
+            logits = decoder.logits(decoder(decoder.embed(step), cache.batch(sequences, [1] * batch), cache))
+        return logits
+
+    def theirs() -> torch.Tensor:
+        for step in tokens:
+            output = whole(input_ids=step[:, None], past_key_values=state["theirs"], use_cache=True)
+            state["theirs"] = output.past_key_values
+        return output.logits[:, -1]
+
+    return Case(f"decode batch {batch}, {steps} steps", ours, theirs, 0.2)
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Busy seconds of the whole machine, and of this process."""
+    with open("/proc/stat") as stat:
+        fields = [int(field) for field in stat.readline().split()[1:]]
+    busy = sum(fields[:3] + fields[5:8]) / os.sysconf("SC_CLK_TCK")
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return busy, own.ru_utime + own.ru_stime
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, for a quick look")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--anyway", action="store_true", help="report although the machine was busy")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    model = Model.random("unlimited-ocr", scale=options.scale, dtype=torch.bfloat16)
+    whole = build_transformers(model)
+    start, (busy, own) = time.perf_counter(), cpu_seconds()
+    makers = [
+        *(lambda side=side: encode_case(model, whole, side) for side in (640, 1024)),
+        lambda: prefill_case(model, whole, PREFILL),
+        *(lambda batch=batch: decode_case(model, whole, batch, 8) for batch in (1, 4, 8)),
+    ]
+    rows = []
+    for make in makers:
+        rows.append(make().measure(options.rounds))
+        print(json.dumps(rows[-1]), flush=True)
+    seconds, (busy_now, own_now) = time.perf_counter() - start, cpu_seconds()
+    others = ((busy_now - busy) - (own_now - own)) / seconds
+    if others > QUIET and not options.anyway:
+        raise SystemExit(f"not reported: other processes used {others:.2f} cores meanwhile; run on a quiet machine")
+    print(f"{'case':28} {'ours':>10} {'transformers':>13} {'ratio':>6}")
+    for row in rows:
+        print(f"{row['case']:28} {row['ours_ms']:8.1f}ms {row['theirs_ms']:11.1f}ms {row['ratio']:5.2f}x")
+    print(f"other processes used {others:.2f} cores; torch {torch.__version__}, {THREADS} threads, scale {options.scale}")
+
+
+if __name__ == "__main__":
+    main()
