@@ -13,6 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers.models.unlimited_ocr import UnlimitedOcrConfig, UnlimitedOcrForConditionalGeneration
@@ -167,8 +168,7 @@ def decode_case(model: Model, whole, batch: int, steps: int) -> Case:
 
 def cpu_seconds() -> tuple[float, float]:
     """Busy seconds of the whole machine, and of this process."""
-    with open("/proc/stat") as stat:
-        fields = [int(field) for field in stat.readline().split()[1:]]
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     busy = sum(fields[:3] + fields[5:8]) / os.sysconf("SC_CLK_TCK")
     own = resource.getrusage(resource.RUSAGE_SELF)
     return busy, own.ru_utime + own.ru_stime

@@ -130,8 +130,9 @@ def scaled(config: ModelConfig, scale: float) -> ModelConfig:
     if query is not None:
         groups = part(query.kv_heads)
         second = query.width // query.kv_heads * groups
-        sizes = {"width": second, "heads": query.heads // query.kv_heads * groups, "kv_heads": groups}
-        query = replace(query, layers=part(query.layers), mlp_width=part(query.mlp_width, 1, 64), **sizes)
+        heads = query.heads // query.kv_heads * groups
+        query = replace(query, width=second, heads=heads, kv_heads=groups, layers=part(query.layers))
+        query = replace(query, mlp_width=part(query.mlp_width, 1, 64))
     vocab_size = part(decoder.vocab_size, 8, 128)
     return replace(
         config,
