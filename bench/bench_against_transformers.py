@@ -16,76 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers.models.unlimited_ocr import UnlimitedOcrConfig, UnlimitedOcrForConditionalGeneration
 
-from optmem import reference
 from optmem.model.cache import Cache
-from optmem.model.keys import to_transformers
 from optmem.model.model import Model
 from optmem.testing import generator
+from optmem.testing.oracle import as_floats, build_oracle
 
 THREADS = 2
 PREFILL = 285  # a Base page and its prompt
 QUIET = 0.1  # cores that other processes may use
-
-
-def build_transformers(model: Model):
-    """transformers' model around our tensors: nothing is copied."""
-    one, clip, text = model.config.stage_one, model.config.clip, model.config.decoder
-    config = UnlimitedOcrConfig(
-        vision_config={
-            "sam_config": {
-                "hidden_size": one.width,
-                "output_channels": one.neck_width,
-                "num_hidden_layers": one.layers,
-                "num_attention_heads": one.heads,
-                "global_attn_indexes": list(one.global_layers),
-                "mlp_dim": one.mlp_width,
-                "downsample_channels": list(one.channels),
-            },
-            "encoder_config": {
-                "hidden_size": clip.width,
-                "intermediate_size": clip.mlp_width,
-                "num_hidden_layers": clip.layers,
-                "num_attention_heads": clip.heads,
-            },
-        },
-        text_config={
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden,
-            "intermediate_size": text.dense_width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "num_key_value_heads": text.heads,
-            "n_routed_experts": text.experts,
-            "n_shared_experts": text.shared_experts,
-            "num_experts_per_tok": text.top_k,
-            "moe_intermediate_size": text.expert_width,
-            "first_k_dense_replace": text.dense_layers,
-            "sliding_window": text.window,
-        },
-        image_token_id=model.config.image_id,
-        dtype=model.decoder.dtype,
-    )
-    with torch.device("meta"):
-        whole = UnlimitedOcrForConditionalGeneration(config).eval()
-    weights = {f"model.{name}": value for name, value in to_transformers(model.encoder.state_dict()).items()}
-    for name, value in model.decoder.state_dict().items():
-        packed = name + "_proj" if name.endswith((".experts.gate_up", ".experts.down")) else name
-        weights[packed.replace("model.", "model.language_model.", 1)] = value
-    whole.load_state_dict(weights, strict=True, assign=True)
-    rotary = whole.model.language_model.rotary_emb
-    whole.model.language_model.rotary_emb = type(rotary)(whole.config.text_config)
-    for module in whole.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                assert name == "position_ids", f"a buffer that no checkpoint holds: {name}"
-                module.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-    return whole
-
-
-def as_floats(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return reference.normalise(pixels, torch.float32).permute(0, 3, 1, 2).to(dtype)
 
 
 def check(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
@@ -183,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     model = Model.random("unlimited-ocr", scale=options.scale, dtype=torch.bfloat16)
-    whole = build_transformers(model)
+    whole = build_oracle(model)
     start, (busy, own) = time.perf_counter(), cpu_seconds()
     makers = [
         *(lambda side=side: encode_case(model, whole, side) for side in (640, 1024)),

@@ -28,7 +28,7 @@ from optmem.model.layout import expected_tensors, packed_tensors, stored_view
 from optmem.model.tensor_file import MAX_HEADER, all_finite, read_header, write_file
 from optmem.model.weights import INDEX, SINGLE, check_tokenizer, load_weights, save_pretrained, verify
 from optmem.testing import assert_equal
-from optmem.testing_checkpoint import random_weights, special_ids, tiny_config, tokenizer_json
+from optmem.testing.checkpoints import random_weights, special_ids, tiny_config, tokenizer_json
 from optmem.text.tokenizer import IMAGE, BytePairTokenizer
 
 FAMILIES = ["deepseek-ocr", "unlimited-ocr", "deepseek-ocr-2"]

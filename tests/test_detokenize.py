@@ -4,7 +4,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optmem.testing_checkpoint import SPECIAL_PIECES, tokenizer_json
+from optmem.testing.checkpoints import SPECIAL_PIECES, tokenizer_json
 from optmem.text.detokenize import Detokenizer, decode
 from optmem.text.tokenizer import BytePairTokenizer
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optmem.errors import CheckpointError, SourceNotFoundError
 from optmem.model.config import ModelConfig
 from optmem.model.config_json import config_fields, parse_config, public_config, read_config, write_config
-from optmem.testing_checkpoint import tiny_config
+from optmem.testing.checkpoints import tiny_config
 
 FAMILIES = ["deepseek-ocr", "unlimited-ocr", "deepseek-ocr-2"]
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"pages"},
     {"images", "pixels"},
     {"model"},
-    {"demo", "testing", "testing_checkpoint", "cli"},
+    {"demo", "testing", "cli"},
 ]
 
 

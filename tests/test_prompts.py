@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optmem.errors import CheckpointError, InputError
-from optmem.testing_checkpoint import SPECIAL_PIECES, special_ids, tokenizer_json
+from optmem.testing.checkpoints import SPECIAL_PIECES, special_ids, tokenizer_json
 from optmem.text.detokenize import decode
 from optmem.text.ngram import NgramGuard
 from optmem.text.prompts import IMAGE_MARK, TASKS, Mark, default_guard, locate_prompt, prompt_ids, task_prompt, text_prompt

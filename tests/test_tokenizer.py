@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optmem.errors import CheckpointError, InputError, SourceNotFoundError
-from optmem.testing_checkpoint import CORPUS, SPECIAL_PIECES, special_ids, tokenizer_json
+from optmem.testing.checkpoints import CORPUS, SPECIAL_PIECES, special_ids, tokenizer_json
 from optmem.text.detokenize import decode
 from optmem.text.tokenizer import EOS, IMAGE, BytePairTokenizer, load_tokenizer
 

@@ -82,7 +82,7 @@ OPTMEM_BF16 OPTMEM_INLINE __m512bh load_bf16(const Bf16* from, __mmask32 mask) {
   return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
 
-// Two products an instruction, summed in fp32: 5 times the generic loop at six tokens.
+// Two products an instruction, summed in fp32.
 template <int kRows, int kTokens>
 OPTMEM_BF16 void dots_bf16(const Bf16* weight, int64_t stride, int64_t in, const Bf16* const* tokens, float* sums) {
   __m512 lanes[kDotRows][kTokens];

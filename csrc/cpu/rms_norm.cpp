@@ -38,7 +38,7 @@ template <typename T>
 void rms_norm(const RmsNorm<T>& job, int num_threads) {
   const auto norm = OPTMEM_DISPATCH(Row<T>::norm);
   const auto add = OPTMEM_DISPATCH(Row<T>::add);
-#pragma omp parallel for num_threads(num_threads) if (job.tokens > 8)  // waking a thread costs as much as eight rows
+#pragma omp parallel for num_threads(num_threads) if (job.tokens > 8)  // few rows are not worth another thread
   for (int64_t t = 0; t < job.tokens; ++t) {
     const int64_t start = t * job.width;
     const T* row = job.x + start;

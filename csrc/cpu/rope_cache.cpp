@@ -33,7 +33,7 @@ void rope_cache(const RopeCache<T>& job, int num_threads) {
   }
   const auto rotate = OPTMEM_DISPATCH(Row<T>::rotate);
   const int64_t half = job.dim / 2, width = job.heads * job.dim;
-#pragma omp parallel for num_threads(num_threads) if (job.tokens > 8)  // waking a thread costs as much as eight rows
+#pragma omp parallel for num_threads(num_threads) if (job.tokens > 8)  // few rows are not worth another thread
   for (int64_t t = 0; t < job.tokens; ++t) {
     const T* cos = job.cos + t * half;
     const T* sin = job.sin + t * half;

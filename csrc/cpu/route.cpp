@@ -40,7 +40,7 @@ void group(const Route& job) {
 
 void route(const Route& job, int num_threads) {
   const auto soften = OPTMEM_DISPATCH(softmax);
-#pragma omp parallel for num_threads(num_threads) if (job.tokens > 32)  // waking a thread costs more than that
+#pragma omp parallel for num_threads(num_threads) if (job.tokens > 32)  // few rows are not worth another thread
   for (int64_t t = 0; t < job.tokens; ++t) {
     float* scores = job.scores + t * job.experts;
     soften(scores, job.experts);
