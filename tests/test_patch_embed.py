@@ -12,6 +12,7 @@ import torch
 from optmem import ops, reference
 from optmem.errors import InputError
 from optmem.kernels.launch import PATCH_NARROW, PATCH_WIDE, patch_embed_tile, patch_embed_tiles
+from optmem.ops import registry, vision
 from optmem.testing import assert_close, assert_equal, fenced, guarded, patch_embed_inputs
 
 CPU = torch.device("cpu")
@@ -159,15 +160,15 @@ def test_says_who_serves_it(monkeypatch, caplog):
     def no_triton(name):
         raise ModuleNotFoundError(f"No module named 'triton', which {name} needs", name="triton")
 
-    ops._triton.cache_clear()
-    monkeypatch.setattr(ops, "import_module", no_triton)
+    registry.triton_module.cache_clear()
+    monkeypatch.setattr(registry, "import_module", no_triton)
     try:
         assert rows() == rows() == {"cpu": "reference", "cuda": "reference"}
         inputs = patch_embed_inputs(1, (1, 2), 3, 8, torch.float32, DEVICE)
-        assert_equal(ops._patch_embed_cuda(*inputs), reference.patch_embed(*inputs))
+        assert_equal(vision._patch_embed_cuda(*inputs), reference.patch_embed(*inputs))
         assert [record.levelname for record in caplog.records] == ["WARNING"]
     finally:
-        ops._triton.cache_clear()
+        registry.triton_module.cache_clear()
 
 
 SIDES = (512, 640, 768, 1024, 1280)

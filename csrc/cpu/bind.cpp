@@ -1,4 +1,4 @@
-// optmem._cpu: the CPU operators over buffers.  Shapes and values a user can get wrong are checked in optmem/ops.py first; what is
+// optmem._cpu: the CPU operators over buffers.  Shapes and values a user can get wrong are checked in optmem/ops/ first; what is
 // checked here keeps a wrong call from touching foreign memory.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

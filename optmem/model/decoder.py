@@ -19,6 +19,7 @@ from optmem import ops
 from optmem.errors import InputError
 from optmem.model.cache import Batch, Cache
 from optmem.model.config import DecoderConfig
+from optmem.model.layers import RMSNorm, rope_table
 
 
 def _parameter(*shape: int) -> nn.Parameter:
@@ -35,30 +36,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         return ops.linear_rows(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """Normalises rows; with a residual, their sum."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = _parameter(width)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        return ops.rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum and its norm."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
-
-
-def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, [T, head_dim / 2]: computed in fp32, then rounded to dtype as the references do."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None].float() * (1.0 / theta**exponent)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class Attention(nn.Module):

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from optmem import ops
 from optmem.errors import InputError
 from optmem.model.config import QueryConfig
+from optmem.model.layers import RMSNorm, rope_table
+from optmem.reference import rotate_half_split
 
 NORM_EPS = 1e-6
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [T, 1, d]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [T, head_dim / 2]
 
 
 class QueryStage(nn.Module):
@@ -39,7 +41,8 @@ class QueryStage(nn.Module):
         queries: Tensor = self.get_submodule(_table(count)).weight  # type: ignore[assignment]
         x = torch.cat([cells.flatten(1, 2), queries.expand(batch, -1, -1)], dim=1)
         body = self.model.model
-        rotation = rotations(2 * count, self.config, x)
+        head_dim = self.config.width // self.config.heads
+        rotation = rope_table(torch.arange(2 * count, device=x.device), head_dim, self.config.rope_theta, x.dtype)
         for layer in body.layers:
             x = layer(x, rotation, prefix=count)
         kept: Tensor = body.norm(x[:, count:])
@@ -49,22 +52,6 @@ class QueryStage(nn.Module):
 def _table(count: int) -> str:
     """A table is named by the pixels of the view that it serves."""
     return f"query_{64 * isqrt(count)}"
-
-
-def rotations(length: int, config: QueryConfig, like: Tensor) -> Rotation:
-    """Angles of places 0 .. length - 1 in fp32, their cosines and sines in the type of ``like``; the two halves are equal."""
-    half = config.width // config.heads // 2
-    speeds = config.rope_theta ** (-torch.arange(half, device=like.device, dtype=torch.float32) / half)
-    angles = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * speeds
-    angles = torch.cat([angles, angles], dim=1)[:, None]
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turns each half of a head against the other: [B, T, heads, d]."""
-    cosines, sines = rotation
-    first, second = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat([-second, first], dim=-1) * sines
 
 
 class Outer(nn.Module):
@@ -81,19 +68,7 @@ class Body(nn.Module):
     def __init__(self, config: QueryConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = RmsNorm(config.width)
-
-
-class RmsNorm(nn.Module):
-    """Root-mean-square norm."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        return ops.rms_norm(x.flatten(0, 1), self.weight, NORM_EPS).view(x.shape)
+        self.norm = RMSNorm(config.width, NORM_EPS)
 
 
 class Layer(nn.Module):
@@ -101,9 +76,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: QueryConfig) -> None:
         super().__init__()
-        self.input_layernorm = RmsNorm(config.width)
+        self.input_layernorm = RMSNorm(config.width, NORM_EPS)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RmsNorm(config.width)
+        self.post_attention_layernorm = RMSNorm(config.width, NORM_EPS)
         self.mlp = SwiGlu(config)
 
     def forward(self, x: Tensor, rotation: Rotation, prefix: int) -> Tensor:
@@ -128,8 +103,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, prefix: int) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         heads = (-1, self.head_dim)
-        q = rotate(self.q_proj(x).unflatten(2, heads), rotation)
-        k = rotate(self.k_proj(x).unflatten(2, heads), rotation)
+        q = rotate_half_split(self.q_proj(x).unflatten(2, heads), *rotation)
+        k = rotate_half_split(self.k_proj(x).unflatten(2, heads), *rotation)
         v = self.v_proj(x).unflatten(2, heads)
         out: Tensor = self.o_proj(ops.attention(q, k, v, prefix).flatten(2))
         return out

@@ -1,0 +1,32 @@
+"""What the decoder and V2's query stage share: the norm and the angles of rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from optmem import ops
+
+
+class RMSNorm(nn.Module):
+    """Normalises rows; with a residual, their sum."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return ops.rms_norm(x.flatten(0, -2), self.weight, self.eps).view(x.shape)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum and its norm."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, [T, head_dim / 2]: computed in fp32, then rounded to dtype as the references do."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[:, None].float() * (1.0 / theta**exponent)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,0 +1,44 @@
+"""Every operator by its name: schema, checks, fake, and which implementation serves it.
+
+A function here checks what a caller can get wrong and calls ``torch.ops.optmem.<name>``, which eager mode, torch.compile and CUDA
+graphs all understand.  What the operator means is written in reference.py; the C++ is in csrc/, the Triton in kernels/.
+"""
+
+from optmem.ops.decoding import (
+    PAGE_UNIT,
+    Routing,
+    add_rms_norm,
+    expert_mlp,
+    linear_rows,
+    paged_attention,
+    rms_norm,
+    rope_cache,
+    route,
+    silu_mul,
+)
+from optmem.ops.drawing import MAX_SIDE, draw_text, resample
+from optmem.ops.registry import Implementation, implementations
+from optmem.ops.vision import attention, compress, global_attention, patch_embed, window_attention
+
+__all__ = [
+    "MAX_SIDE",
+    "PAGE_UNIT",
+    "Implementation",
+    "Routing",
+    "add_rms_norm",
+    "attention",
+    "compress",
+    "draw_text",
+    "expert_mlp",
+    "global_attention",
+    "implementations",
+    "linear_rows",
+    "paged_attention",
+    "patch_embed",
+    "resample",
+    "rms_norm",
+    "rope_cache",
+    "route",
+    "silu_mul",
+    "window_attention",
+]

@@ -1,0 +1,156 @@
+"""What all operators share: the registry, the checks, and how an implementation is found and named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optmem.errors import InputError
+from optmem.native import native
+
+library = torch.library.Library("optmem", "DEF")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """Which code serves an operator on a device, and why that one."""
+
+    operator: str
+    device: str
+    name: str
+    reason: str
+
+
+def implementations() -> list[Implementation]:
+    """One row for every operator and device type, by name."""
+    return sorted((describe() for describe in described), key=lambda row: (row.operator, row.device))
+
+
+described: list[Callable[[], Implementation]] = []
+
+
+def cpp_or_reference(operator: str) -> Callable[[], Implementation]:
+    """How the CPU rows read: C++ where optmem._cpu is built, else the reference, and it says so."""
+
+    def describe() -> Implementation:
+        cpu = native("_cpu")
+        if cpu.module is None:
+            return Implementation(operator, "cpu", "reference", f"optmem._cpu: {cpu.reason}")
+        return Implementation(operator, "cpu", "cpp", f"optmem._cpu, {cpu.module.isa()}")
+
+    return describe
+
+
+@cache
+def triton_module(operator: str) -> ModuleType | None:
+    """kernels/<operator>.py, imported when first needed; None where Triton is not installed, which is logged once."""
+    try:
+        return import_module(f"optmem.kernels.{operator}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        log.warning("%s: triton is not installed, so plain torch serves it on CUDA; pip install 'optmem[gpu]'", operator)
+        return None
+
+
+def triton_or_reference(operator: str) -> Callable[[], Implementation]:
+    """How the CUDA rows read: Triton where it is installed, else the reference, and it says so."""
+
+    def describe() -> Implementation:
+        if triton_module(operator) is None:
+            return Implementation(operator, "cuda", "reference", "triton is not installed")
+        return Implementation(operator, "cuda", "triton", f"kernels/{operator}.py")
+
+    return describe
+
+
+def check(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+def check_same_kind(operator: str, **tensors: Tensor) -> None:
+    """All of one floating type and on one device, those of the first."""
+    first, *_ = tensors
+    dtype, device = tensors[first].dtype, tensors[first].device
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    check(dtype in allowed, f"{operator}: {first} must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    for name, tensor in tensors.items():
+        check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype} as {first} is, got {tensor.dtype}")
+        check(tensor.device == device, f"{operator}: {name} must be on {device} as {first} is, got {tensor.device}")
+
+
+def differentiate(operator: str, meaning: Callable[..., Tensor]) -> None:
+    """Gives an operator the gradient of its reference, computed again in the backward pass; only training needs it."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved).detach() if other is None else other for other in ctx.others]
+        leaves = [value.requires_grad_() for value, needed in zip(inputs, wanted, strict=True) if needed]
+        with torch.enable_grad():
+            gradients = iter(torch.autograd.grad(meaning(*inputs), leaves, gradient))
+        return tuple(next(gradients) if needed else None for needed in wanted)
+
+    torch.library.register_autograd(f"optmem::{operator}", backward, setup_context=keep)
+
+
+CPP_TYPES = (torch.float32, torch.bfloat16)
+
+
+def cpp_for(tensor: Tensor) -> ModuleType | None:
+    """optmem._cpu, where it is built and speaks the tensor's type."""
+    return native("_cpu").module if tensor.dtype in CPP_TYPES else None
+
+
+def as_array(tensor: Tensor) -> Any:
+    """The tensor's memory as numpy sees it, which knows no bf16: it becomes uint16.  Contiguous tensors are not copied."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def check_like(operator: str, first: Tensor, wanted: dict[str, tuple[Tensor, list[int]]]) -> None:
+    """Every tensor has the first one's type and device, and the shape given for it."""
+    for name, (tensor, shape) in wanted.items():
+        check(tensor.dtype == first.dtype, f"{operator}: {name} must be {first.dtype}, got {tensor.dtype}")
+        check(tensor.device == first.device, f"{operator}: {name} must be on {first.device}, got {tensor.device}")
+        check(list(tensor.shape) == shape, f"{operator}: {name} must be {shape}, got {list(tensor.shape)}")
+
+
+def check_float(operator: str, name: str, tensor: Tensor, dims: int) -> None:
+    check(tensor.is_floating_point(), f"{operator}: {name} must be floating point, got {tensor.dtype}")
+    check(tensor.dim() == dims, f"{operator}: {name} must have {dims} axes, got {list(tensor.shape)}")
+
+
+def check_index(operator: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype}, got {tensor.dtype}")
+    check(list(tensor.shape) == shape, f"{operator}: {name} must be {shape}, got {list(tensor.shape)}")
+
+
+@contextmanager
+def as_input_error() -> Iterator[None]:
+    """What the native code refuses is as much the caller's as what is refused here."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def torch_on_cuda(operator: str) -> Implementation:
+    return Implementation(operator, "cuda", "reference", "no kernel yet")
