@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: help demo test lint format bench gate asan wheel-test build clean
+.PHONY: help development demo test lint format bench gate asan wheel-test build clean
 
 help:
 	@echo "make demo   draw this README and a chat as pages, and say what they cost"
@@ -20,6 +20,11 @@ help:
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv || { echo "no venv: apt-get install python3-venv"; exit 1; }
 	$(INSTALL) $(TORCH_OPTIONS) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(INSTALL) setuptools wheel pybind11
+	OPTMEM_NATIVE=0 $(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+# What tests, lint and gate need besides: test runners, linters, the peers that answers are compared with.
+.venv/.development: .venv/.packages
 	OPTMEM_NATIVE=0 $(INSTALL) --no-build-isolation -e ".[dev,pdf]"
 	@touch $@
 
@@ -29,33 +34,35 @@ help:
 
 build: .venv/.native
 
+development: build .venv/.development
+
 demo: build
 	@$(BIN)/optmem demo README.md -o out/demo
 
-test: build
+test: development
 	$(BIN)/pytest
 
-lint: build
+lint: development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: build
+format: development
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Kernels compile for real GPUs here, in a process of their own: the other tests run Triton's interpreter.
-gate: build
+gate: development
 	OPTMEM_COMPILE_ONLY=1 $(BIN)/pytest tests/test_gate.py
 
-bench: build
+bench: development
 	$(BIN)/pytest bench --benchmark-enable --benchmark-group-by=group --benchmark-columns=min,median,iqr --benchmark-sort=min
 
 # The native tests against a copy of the tree built with AddressSanitizer and UBSan.
-asan: build
+asan: development
 	bash tests/sanitize.sh
 
-wheel-test: build
+wheel-test: development
 	bash tests/wheel.sh
 
 clean:

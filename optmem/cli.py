@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,17 +15,13 @@ from tqdm import tqdm
 
 from optmem import __version__, env
 from optmem.config import Cell, Kind, PageConfig, Style
-from optmem.demo import run_demo
-from optmem.errors import InputError, OptmemError, OutputError, SourceNotFoundError
+from optmem.demo import LEGEND, run_demo
+from optmem.errors import OptmemError, OutputError
+from optmem.inputs import read_input
 from optmem.pages import Page, draw_pages, lay_out, read_source
-from optmem.pixels import MODES
-from optmem.text.count import estimate_tokens
+from optmem.pixels import MODES, PIXELS_PER_TOKEN, Mode
 
 T = TypeVar("T")
-CODE = (
-    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .jsx .ts .tsx .sh .sql .toml .yaml .yml .css .html .xml .rb .php .lua .zig"
-)
-SUFFIXES: dict[str, Kind] = {".md": "markdown", ".markdown": "markdown", ".json": "chat", **dict.fromkeys(CODE.split(), "code")}
 PAGES_AT_ONCE = 64
 DEFAULTS = PageConfig()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -49,35 +45,12 @@ def cli() -> None:
 
 
 @cli.command("env")
+@click.option("--all", "all_devices", is_flag=True, help="List operators for devices that are not here too.")
 @as_json
-def env_command(as_json: bool) -> None:
+def env_command(all_devices: bool, as_json: bool) -> None:
     """Say what this machine has and which code serves each operator."""
-    facts = env.report()
+    facts = env.report(all_devices=all_devices)
     print_json(facts) if as_json else click.echo(env.describe(facts))
-
-
-def read_input(file: str) -> str:
-    """The text of a file, or of stdin for "-"; what is not UTF-8 is refused, not guessed."""
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise SourceNotFoundError(f"cannot read {file}: {error.strerror}") from None
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}); convert it first") from None
-
-
-def parse_chat(text: str, file: str) -> Any:
-    """The messages of a JSON file: a list, or an object with a list under "messages"."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON that can be read ({error}); name another --kind to draw it as text") from None
-    messages = found["messages"] if isinstance(found, dict) and "messages" in found else found
-    if not isinstance(messages, list):
-        raise InputError(f"{file} is JSON but not a list of messages; draw it as text with --kind text")
-    return messages
 
 
 def describe_page(page: Page, file: Path) -> dict[str, Any]:
@@ -95,21 +68,28 @@ def describe_page(page: Page, file: Path) -> dict[str, Any]:
     }
 
 
-def save_pages(pages: list[Page], folder: Path, stem: str) -> list[dict[str, Any]]:
+def page_file(folder: Path, name: str, style: str, number: int) -> Path:
+    """Where a page is written.  The whole name of its source is in it, so that two sources never meet."""
+    return folder / f"{name}-{style}-{number:04}.png"
+
+
+def save_pages(pages: list[Page], folder: Path, name: str) -> list[dict[str, Any]]:
     """Writes a PNG for every page, a batch at a time, and returns their descriptions."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{glob.escape(stem)}-*-[0-9][0-9][0-9][0-9].png"):
-            stale.unlink()  # a longer run before this one must not leave its last pages beside ours
         described = []
         batches = [pages[start : start + PAGES_AT_ONCE] for start in range(0, len(pages), PAGES_AT_ONCE)]
         watched = iter(progress(range(len(pages)), len(pages), "drawing"))
         for batch in batches:
             for page, pixels in zip(batch, draw_pages(batch), strict=True):
-                file = folder / f"{stem}-{page.style}-{page.index + 1:04}.png"
+                file = page_file(folder, name, page.style, page.index + 1)
                 Image.fromarray(pixels).save(file)
                 described.append(describe_page(page, file))
                 next(watched)
+        for style, count in Counter(page.style for page in pages).items():
+            while (stale := page_file(folder, name, style, count + 1)).exists():
+                stale.unlink()  # the next page of a longer run of the same source before this one
+                count += 1
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from None
     return described
@@ -138,7 +118,7 @@ def save_pages(pages: list[Page], folder: Path, stem: str) -> list[dict[str, Any
     help="dense, packed: width x height of a character.",
 )
 @click.option("--font-size", type=int, default=DEFAULTS.font_size, show_default=True, help="document: pixels per em.")
-@click.option("--kind", type=click.Choice(get_args(Kind)), help="What FILE holds.  [default: by its suffix, else text]")
+@click.option("--kind", type=click.Choice(get_args(Kind)), help="What FILE holds.  [default: by its suffix; stdin: text]")
 @as_json
 def render(
     file: str,
@@ -156,20 +136,23 @@ def render(
         raise click.UsageError("--mode and --size both set the size of a page: give one")
     side = MODES[mode].size if mode is not None else DEFAULTS.height if size is None else size
     config = PageConfig(style, side, side, cell, font_size)
-    kind = kind or SUFFIXES.get(Path(file).suffix.lower(), "text")
-    text = read_input(file)
-    source = parse_chat(text, file) if kind == "chat" else text
-    name = "stdin" if file == "-" else Path(file).name
-    pages = lay_out(read_source(source, kind, rich=style == "document", name=name), config)
-    described = save_pages(pages, output, Path(name).stem)
-    tokens = estimate_tokens("".join(page.text() for page in pages))
+    given = read_input(file, kind)
+    pages = lay_out(read_source(given.source, given.kind, rich=style == "document", name=given.name), config)
+    described = save_pages(pages, output, given.name)
+    tokens, fed = given.text_tokens(), fed_tokens(side, len(pages))
     missing = "".join(sorted({char for page in pages for char in page.missing}))
     if as_json:
-        print_json({"pages": described, "text_tokens_estimated": tokens, "missing": missing})
+        print_json({"pages": described, "text_tokens_estimated": tokens, "fed_tokens": fed, "missing": missing})
         return
-    click.echo(f"{len(pages)} pages, about {tokens} text tokens, in {output}")
+    cost = f"{fed:,} vision tokens fed instead" if fed is not None else "no vision tokens: the encoder wants multiples of 64 pixels"
+    click.echo(f"{len(pages)} page{'s' * (len(pages) != 1)} in {output}; about {tokens:,} text tokens, {cost}")
     if missing:
         click.echo(f"no font here has {missing}: drawn as escapes (U+XXXX)", err=True)
+
+
+def fed_tokens(side: int, num_pages: int) -> int | None:
+    """Vision tokens, newlines and separators that a decoder gets for square pages of one view; None off the encoder's grid."""
+    return num_pages * Mode(f"square {side}", side).fed_tokens() if side % PIXELS_PER_TOKEN == 0 else None
 
 
 @cli.command()
@@ -185,15 +168,15 @@ def render(
 @as_json
 def demo(files: tuple[str, ...], output: Path, as_json: bool) -> None:
     """Draw a sample chat and FILES as pages, and say what they cost in text tokens and in vision tokens."""
-    texts = {file: read_input(file) for file in files}
-    results = run_demo(texts)
+    results = run_demo([read_input(file) for file in files])
     for result in results:
-        save_pages(result.pages, output, result.stem)
+        save_pages(result.pages, output, result.name)
     if as_json:
         print_json([result.summary() for result in results])
         return
     for result in results:
         click.echo(result.describe() + "\n")
+    click.echo(LEGEND)
     click.echo(f"The pages are in {output}")
 
 

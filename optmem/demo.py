@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from optmem.config import Cell, Kind, Style
+from optmem.config import Cell, Style
+from optmem.inputs import Given
 from optmem.pages import Page, Source, paginate
 from optmem.pixels import MODES
-from optmem.text.count import estimate_tokens
 
+LEGEND = (
+    "vision tokens: one for each 64x64 pixels; fed: with the newlines and separators that the decoder gets as well\n"
+    "text tokens: an estimate for a vocabulary of 200,000"
+)
 FORMS: tuple[tuple[Style, Cell], ...] = (("dense", "8x16"), ("packed", "8x16"), ("packed", "8x8"))
 
 
@@ -41,7 +44,6 @@ class Drawn:
     """A source, its pages, and its cost in every form."""
 
     name: str
-    stem: str
     characters: int
     text_tokens: int  # estimated
     pages: list[Page]  # to be looked at: the default form, and the form for people
@@ -77,16 +79,13 @@ def _costs(source: Source) -> Iterator[Cost]:
             yield Cost(name, mode.size, style, cell, count, count * mode.paper_tokens(), count * mode.fed_tokens())
 
 
-def _draw(name: str, stem: str, source: Source, kind: Kind) -> Drawn:
-    dense = paginate(source, name=name)
-    text = "".join(page.text() for page in dense)
-    document = paginate(source, style="document", size=640, kind=kind, name=name)
-    return Drawn(name, stem, len(text), estimate_tokens(text), [*dense, *document], list(_costs(source)))
+def _draw(given: Given) -> Drawn:
+    dense, packed = (paginate(given.source, style=style, name=given.name) for style in ("dense", "packed"))
+    document = paginate(given.source, style="document", size=640, kind=given.kind, name=given.name)
+    characters = sum(len(page.text()) for page in dense)
+    return Drawn(given.name, characters, given.text_tokens(), [*dense, *packed, *document], list(_costs(given.source)))
 
 
-def run_demo(texts: Mapping[str, str]) -> list[Drawn]:
-    """The sample chat and every text (Markdown, by its name) drawn in every form."""
-    drawn = [_draw("a sample chat", "chat", sample_chat(), "chat")]
-    for number, (name, text) in enumerate(texts.items(), start=1):
-        drawn.append(_draw(name, f"{number}-{Path(name).stem}", text, "markdown"))
-    return drawn
+def run_demo(given: Sequence[Given]) -> list[Drawn]:
+    """The sample chat and everything given, drawn in every form."""
+    return [_draw(each) for each in (Given("chat", sample_chat(), "chat"), *given)]

@@ -41,8 +41,11 @@ def _module(native_module: NativeModule) -> dict[str, Any]:
     return row
 
 
-def report() -> dict[str, Any]:
-    """Versions, devices, native modules and the implementation behind every operator, as plain data."""
+def report(*, all_devices: bool = False) -> dict[str, Any]:
+    """Versions, devices, native modules and the implementation behind every operator, as plain data.
+
+    Operators are listed for the devices of this machine, or for all devices that have an implementation.
+    """
     return {
         "optmem": _version("optmem"),
         "python": platform.python_version(),
@@ -53,6 +56,7 @@ def report() -> dict[str, Any]:
         "operators": [
             {"operator": row.operator, "device": row.device, "implementation": row.name, "reason": row.reason}
             for row in ops.implementations()
+            if row.device != "cuda" or torch.cuda.is_available() or all_devices
         ],
     }
 

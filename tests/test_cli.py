@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -38,7 +39,7 @@ def test_the_installed_command_runs():
 
 
 def test_env_names_every_operator(run):
-    code, out, _ = run("env", "--json")
+    code, out, _ = run("env", "--json", "--all")
     facts = json.loads(out)
     assert code == 0
     assert {row["operator"] for row in facts["operators"]} >= {"draw_text", "resample", "patch_embed"}
@@ -78,6 +79,40 @@ def test_render_takes_styles_and_sizes(run, tmp_path, options, side):
     assert json.loads(out)["pages"][0]["width"] == side
 
 
+def test_a_render_leaves_other_files_alone(run, tmp_path):
+    """Only the further pages of a longer run of the same source in the same style are removed."""
+    long, short = "x\n" * 100, "x\n"
+    others = ["notes-dense-holiday-2024.png", "notes.md-dense-summer-0001.png", "notes.py-dense-0001.png"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "notes.md").write_text(long)
+    run("render", "notes.md", "-o", ".")
+    run("render", "notes.md", "-o", ".", "--style", "document")
+    assert len(list(tmp_path.glob("notes.md-dense-000[0-9].png"))) == 4
+    (tmp_path / "notes.md").write_text(short)
+    run("render", "notes.md", "-o", ".")
+    assert len(list(tmp_path.glob("notes.md-dense-000[0-9].png"))) == 1
+    assert (tmp_path / "notes.md-document-0001.png").exists()
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in others)
+
+
+def test_render_says_what_the_pages_cost(run):
+    assert "1 page in pages; about 5 text tokens, 73 vision tokens fed instead" in run("render", "-", stdin=b"a page of words\n")[1]
+    assert "multiples of 64" in run("render", "-", "--size", "100", stdin=b"x")[1]
+
+
+def test_pictures_are_not_text(run, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "p.png")
+    code, _, err = run("render", "p.png")
+    assert (code, "is a picture or PDF already" in err) == (65, True)
+
+
+def test_the_readme_shows_the_demos_output(run):
+    shown = (Path(__file__).parent.parent / "README.md").read_text().split("```\n")[1]
+    _, out, _ = run("demo")
+    assert out.startswith(shown)
+
+
 def test_render_draws_a_chat(run, tmp_path):
     file = tmp_path / "chat.json"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
@@ -115,6 +150,7 @@ def test_demo_says_what_pages_cost(run, tmp_path):
     code, out, _ = run("demo", "note.md", "-o", "pages", "--json")
     assert code == 0
     chat, note = json.loads(out)
+    assert len(note["page_ids"]) > 2
     assert note["source"] == "note.md"
     for drawn in (chat, note):
         for form in drawn["forms"]:

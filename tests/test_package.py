@@ -18,6 +18,7 @@ LAYERS = [
     {"pages"},
     {"images", "pixels"},
     {"model"},
+    {"inputs"},
     {"demo", "testing", "cli"},
 ]
 

@@ -44,7 +44,8 @@ def read_source(source: Source, kind: Kind | None = None, *, rich: bool, name: s
         if kind == "chat":
             raise InputError("a chat is a list of messages, got a string: parse it first, or choose kind text, markdown or code")
         if kind == "markdown" and rich:
-            return read_markdown(source, name)
+            # A byte-order mark would hide a heading; a space in its place keeps every span right.
+            return read_markdown(f" {source[1:]}" if source.startswith("\ufeff") else source, name)
         run = Run(source, Span(name, 0, len(source)))
         return [Block("code" if kind == "code" and rich else "verbatim", (run,))]
     if kind not in (None, "chat"):
