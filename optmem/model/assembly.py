@@ -17,16 +17,21 @@ from optmem.errors import InputError
 from optmem.model.encoder import Encoder
 from optmem.pixels import NO_TILES, PIXELS_PER_TOKEN, Grid, Mode, Views
 
+PIXELS_AT_ONCE = 16 * 1024 * 1024  # of one pass: what the widest layer holds for them stays below a gigabyte
+
 
 def encode_views(encoder: Encoder, pictures: Sequence[Views]) -> list[Tensor]:
-    """Features of every picture, [n, hidden] each.  Views of one size go through the encoder together."""
+    """Features of every picture, [n, hidden] each.  Views of one size go through the encoder together, as many as fit a pass."""
     views = [view for picture in pictures for view in (*picture.tiles, picture.global_view)]
     batches: dict[torch.Size, list[int]] = {}
     for place, view in enumerate(views):
         batches.setdefault(view.shape, []).append(place)
     features: dict[int, Tensor] = {}
-    for places in batches.values():
-        features |= zip(places, encoder(torch.stack([views[place] for place in places])), strict=True)
+    for shape, places in batches.items():
+        at_once = max(PIXELS_AT_ONCE // (shape[0] * shape[1]), 1)
+        for first in range(0, len(places), at_once):
+            some = places[first : first + at_once]
+            features |= zip(some, encoder(torch.stack([views[place] for place in some])), strict=True)
     encoded, end = [], 0
     for picture in pictures:
         start, end = end, end + picture.tiles.shape[0] + 1
@@ -43,6 +48,9 @@ def assemble(features: Tensor, mode: Mode, grid: Grid, newline: Tensor | None, s
 
     Raises InputError where the features are not as many as the mode and grid say.
     """
+    if mode.has_newlines != (newline is not None):
+        counts = "newlines" if mode.has_newlines else "no newlines"
+        raise InputError(f"mode {mode.name} is of another family: it counts {counts}, and this model's rows are otherwise")
     tokens = mode.paper_tokens(grid)
     if features.dim() != 2 or features.shape[0] != tokens:
         raise InputError(f"mode {mode.name} with {grid[0]}x{grid[1]} tiles has {tokens} features, got {list(features.shape)}")

@@ -44,6 +44,7 @@ class Encoder(nn.Module):
         """
         if pixels.dim() != 4 or pixels.shape[1] != pixels.shape[2] or pixels.shape[1] % PIXELS_PER_TOKEN or not pixels.shape[1]:
             raise InputError(f"views must be [B, S, S, C] with S a multiple of {PIXELS_PER_TOKEN}, got {list(pixels.shape)}")
+        pixels = pixels.to(self.view_seperator.device)
         tokens: Tensor = self.projector(self._second_stage(self.sam_model(pixels)))
         return tokens
 
