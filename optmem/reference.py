@@ -263,6 +263,8 @@ def paged_attention(
     for b, (start, end, length, prompt) in enumerate(
         zip(starts[:-1].tolist(), starts[1:].tolist(), lengths.tolist(), prompts.tolist(), strict=True)
     ):
+        if start == end:
+            continue
         allowed = allowed_keys(length - (end - start), length, prompt, window, queries.device)  # [end - start, length]
         key = allowed.any(0).nonzero().flatten()  # what no query sees may have been given back
         cells = table[b].long()[key // page_size] * page_size + key % page_size

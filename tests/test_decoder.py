@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optmem.errors import InputError
-from optmem.model.cache import Cache
+from optmem.model.cache import GONE, Cache
 from optmem.model.config import DecoderConfig, ModelConfig
 from optmem.model.decoder import Decoder, greedy
 from optmem.model.layout import packed_tensors
@@ -171,6 +171,35 @@ def test_reference_sliding_window_at_its_true_width():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_window_holds_few_pages_and_changes_no_token(dtype):
+    """Tokens and states, bit for bit, of a cache that gives pages back and of one that keeps them all; alone and as a fork."""
+    config = replace(SMALL, layers=2, window=16)
+    decoder, prompt = random_decoder(config, 12, dtype), prompt_of(50, dtype=dtype)
+    kept, given = Cache(replace(config, window=None), 64, dtype=dtype), Cache(config, 10, dtype=dtype)
+    texts = []
+    for cache in (kept, given):
+        first = cache.new_sequence(prompt=50)
+        hidden = decoder(prompt, cache.batch([first], [50]), cache)[-1:].expand(2, -1)
+        sequences, tokens, states, held = [first, first.fork()], [], [], []
+        for step in range(300):
+            ids = decoder.logits(hidden).argmax(-1)
+            if step == 0:
+                ids[1] += 1  # the two part here
+            tokens.append(ids.tolist())
+            hidden = decoder(decoder.embed(ids), cache.batch(sequences, [1, 1]), cache)
+            states.append(hidden)
+            held.append(max(sum(page != GONE for page in sequence.pages) for sequence in sequences))
+            cache.check_integrity(sequences)
+        texts.append((tokens, torch.cat(states), max(held), len(cache.users) - len(cache.free)))
+    (tokens, states, most, _), (same_tokens, same_states, least, used) = texts
+    assert same_tokens == tokens
+    assert_equal(same_states, states)
+    assert (most, least) == (22, 4 + 1 + 1)
+    assert used <= 3 + 2 * 3, "the pages of the prompt are still shared"
+    assert list(greedy(decoder, prompt, 300)) == [first for first, _ in tokens]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("chunks", [1, 7, 16, 32])
 def test_a_prompt_in_chunks_is_the_prompt(dtype, window, chunks):
@@ -236,8 +265,42 @@ def test_greedy_stops():
     end = tokens[5]
     assert list(greedy(decoder, prompt_of(33), 20, end)) == tokens[: tokens.index(end) + 1]
     assert list(greedy(decoder, prompt_of(33), 0)) == []
-    with pytest.raises(InputError, match="at least one token"):
-        next(greedy(decoder, prompt_of(33)[:0], 5))
+
+
+@pytest.mark.parametrize(
+    ("length", "arguments", "words"),
+    [
+        (0, {"max_tokens": 5}, r"\[T, 96\] with at least one token, got \[0, 96\]"),
+        (33, {"max_tokens": -1}, "max_tokens must be 0 or more, got -1"),
+        (33, {"max_tokens": 5, "chunk": -1}, "chunk must be at least 1, or None for the whole prompt at once, got -1"),
+        (33, {"max_tokens": 5, "chunk": 0}, "chunk must be at least 1"),
+        (33, {"max_tokens": 8}, "at most 40 together, got 33 and 8"),
+        (41, {"max_tokens": 0}, "at most 40 together, got 41 and 0"),
+    ],
+)
+def test_greedy_refuses(length, arguments, words):
+    """When it is called, not at the first token."""
+    decoder = random_decoder(replace(SMALL, layers=2, max_positions=40), 4)
+    with pytest.raises(InputError, match=words):
+        greedy(decoder, prompt_of(length), **arguments)
+    assert len(list(greedy(decoder, prompt_of(33), 7))) == 7
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.tensor([3, 301]), "must be 0 to 300, got 301 at 1"),
+        (torch.tensor([-1, 301]), "must be 0 to 300, got -1 at 0"),
+        (torch.tensor([1.0]), r"must be torch.int64 \[T\], got torch.float32 \[1\]"),
+        (torch.tensor([[1]]), r"must be torch.int64 \[T\], got torch.int64 \[1, 1\]"),
+    ],
+)
+def test_refuses_other_ids(ids, words):
+    decoder = random_decoder(replace(SMALL, layers=2), 4)
+    assert decoder.embed(torch.tensor([0, 300])).shape == (2, 96)
+    assert decoder.embed(ids.flatten()[:0].long()).shape == (0, 96)
+    with pytest.raises(InputError, match=words):
+        decoder.embed(ids)
 
 
 def test_refuses_other_embeddings():

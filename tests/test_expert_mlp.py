@@ -91,8 +91,9 @@ def changed(routing, **fields):
         ({"starts": [0, 4]}, r"starts must be \[4\], got \[2\]"),
     ],
 )
-def test_refuses_a_wrong_grouping(fields, words):
-    x, gate_up, down, routing = inputs(2, 8, 8, 3, 2, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["cpp", "reference"])
+def test_refuses_a_wrong_grouping(fields, words, dtype):
+    x, gate_up, down, routing = inputs(2, 8, 8, 3, 2, dtype)
     with pytest.raises(InputError, match=words):
         ops.expert_mlp(x, gate_up, down, changed(routing, **fields))
 
@@ -103,6 +104,24 @@ def test_refuses_other_shapes():
         ops.expert_mlp(x, gate_up[:, :8], down, routing)
     with pytest.raises(InputError, match=r"weights must be \[1, top_k\]"):
         ops.expert_mlp(x[:1], gate_up, down, routing)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "words"),
+    [
+        (torch.float32, torch.float64, "weights must be torch.float32, got torch.float64"),
+        (torch.bfloat16, torch.bfloat16, "weights must be torch.float32, got torch.bfloat16"),
+        (torch.float16, torch.float16, "weights must be torch.float32, got torch.float16"),
+        (torch.float64, torch.float32, "weights must be torch.float64, got torch.float32"),
+        (torch.float32, torch.device("meta"), "weights must be on cpu, got meta"),
+    ],
+)
+def test_refuses_other_weights(dtype, weights, words):
+    """They are fp32, or fp64 where x is, as route makes them."""
+    x, gate_up, down, routing = inputs(2, 8, 8, 3, 2, dtype)
+    assert ops.expert_mlp(x, gate_up, down, routing).dtype == dtype
+    with pytest.raises(InputError, match=words):
+        ops.expert_mlp(x, gate_up, down, routing._replace(weights=routing.weights.to(weights)))
 
 
 def test_opcheck():

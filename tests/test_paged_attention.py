@@ -87,20 +87,50 @@ def test_the_window_counts_the_query_and_spares_the_prompt():
         (3, torch.zeros(3, 5, dtype=torch.int64), "table must be torch.int32"),
         (3, torch.full((3, 5), 12, dtype=torch.int32), "names page 12 of 12"),
         (3, torch.full((3, 5), -1, dtype=torch.int32), "names page -1 of 12"),
-        (3, torch.zeros(3, 2, dtype=torch.int32), "needs 3 pages, its table has 2"),
+        (3, torch.zeros(3, 2, dtype=torch.int32), "sequence 0 needs 4 pages, its table has 2"),
         (4, torch.tensor([0, 1, 2]), r"starts must be \[4\]"),
         (4, torch.tensor([0, 2, 1, 3]), "must not decrease, but do at sequence 1"),
+        (4, torch.tensor([0, 2**63 - 1, -2, 3]), "must not decrease, but do at sequence 1"),
         (4, torch.tensor([0, 1, 2, 4]), "must run from 0 to 3, got 0 to 4"),
         (5, torch.tensor([0, 16, 33]), "asks with 1 tokens of 0"),
+        (5, torch.tensor([50, 81, 33]), "sequence 1 needs 6 pages, its table has 5"),
+        (5, torch.tensor([50, 16, 2**63 - 1]), "sequence 2 needs 576460752303423488 pages, its table has 5"),
         (6, torch.tensor([-1, 16, 3]), "prompts must not be negative"),
         (7, 0, "window must be positive or None"),
+        (5, torch.zeros(3, dtype=torch.int64, device="meta"), "lengths must be on cpu, got meta"),
     ],
 )
-def test_refuses_wrong_arguments(position, wrong, words):
-    arguments = inputs(BATCHES["decode"])
-    arguments[position] = wrong
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["cpp", "reference"])
+def test_refuses_wrong_arguments(position, wrong, words, dtype):
+    arguments = inputs(BATCHES["decode"], dtype=dtype)
+    arguments[position] = wrong.to(dtype) if position < 2 else wrong
     with pytest.raises(InputError, match=words):
         ops.paged_attention(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["cpp", "reference"])
+@pytest.mark.parametrize("window", [1, 2**63 - 1])
+def test_a_window_does_not_make_a_length_possible(dtype, window):
+    """A query sees itself, so its own page is asked for whatever lies before it."""
+    arguments = inputs(BATCHES["decode"], dtype=dtype)
+    arguments[5], arguments[7] = torch.tensor([50, 16, 2**63 - 1]), window
+    with pytest.raises(InputError, match="sequence 2 needs 576460752303423488 pages, its table has 5"):
+        ops.paged_attention(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["cpp", "reference"])
+def test_pages_that_no_query_sees_are_not_looked_at(dtype):
+    """Prompt of 20 and window of 7: the pages between, and the length of a sequence that asks nothing, may be anything."""
+    arguments = inputs([(1, 80, 20), (0, 5, 5)], dtype=dtype, window=7)
+    assert arguments[3][0].tolist()[2:4] == [1_000_000] * 2
+    expected = ops.paged_attention(*arguments)
+    arguments[5][1] = 2**63 - 1
+    assert_equal(ops.paged_attention(*arguments), expected)
+    for entry in (0, 1, 4):
+        wrong = list(arguments)
+        wrong[3] = arguments[3].index_fill(1, torch.tensor([entry]), -1)
+        with pytest.raises(InputError, match="sequence 0 names page -1 of 12"):
+            ops.paged_attention(*wrong)
 
 
 def test_strided_other_types_and_opcheck():

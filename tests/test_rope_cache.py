@@ -66,15 +66,21 @@ def test_turns_the_two_halves_of_the_whole_head():
         (3, torch.zeros(4, 8), r"cos must be \[4, 4\]"),
         (5, torch.zeros(4, dtype=torch.int32), "slots must be torch.int64"),
         (5, torch.tensor([0, 1, 2, 48]), "token 3 goes to cell 48 of 48"),
-        (6, torch.zeros(3, 16, 2, 16)[..., ::2], "key_cache is written in place and must be contiguous"),
+        (6, torch.zeros(3, 16, 8, 2).transpose(2, 3), "key_cache is written in place and must be contiguous"),
+        (5, torch.zeros(4, dtype=torch.int64, device="meta"), "slots must be on cpu, got meta"),
         (7, torch.zeros(2, 16, 2, 8), r"value_cache must be \[3, 16, 2, 8\]"),
     ],
 )
-def test_refuses_wrong_arguments(position, wrong, words):
-    arguments = inputs(4, 2, 8, torch.float32)
-    arguments[position] = wrong
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["cpp", "reference"])
+def test_refuses_wrong_arguments(position, wrong, words, dtype):
+    """And writes nothing, not even the queries."""
+    arguments = inputs(4, 2, 8, dtype)
+    arguments[position] = wrong if position == 5 else wrong.to(dtype)
+    before = [t.clone() for t in arguments if t.device.type == "cpu"]
     with pytest.raises(InputError, match=words):
         ops.rope_cache(*arguments)
+    for t, was in zip((t for t in arguments if t.device.type == "cpu"), before, strict=True):
+        assert_equal(t.nan_to_num(7.0), was.nan_to_num(7.0))
 
 
 def test_no_tokens_other_types_and_opcheck():

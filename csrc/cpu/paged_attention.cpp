@@ -38,7 +38,7 @@ struct Ask {
 };
 
 int64_t floor_unit(int64_t key) { return key / kPageUnit * kPageUnit; }
-int64_t ceil_unit(int64_t key) { return floor_unit(key + kPageUnit - 1); }
+int64_t ceil_unit(int64_t key) { return floor_unit(key + kPageUnit - 1); }  // of a key that a table reaches: check_job
 
 // The keys that any of the queries sees, in one or two ranges; the second may be empty.
 template <typename T>
@@ -50,6 +50,8 @@ void ranges_of(const Ask<T>& ask, Range (&ranges)[2]) {
   ranges[1] = is_one ? Range{0, 0} : recent;
 }
 
+constexpr int64_t kMostPageSize = int64_t{1} << 31;  // so that the tokens of any table are counted in int64
+
 // All pages that a sequence's queries look at.
 template <typename T>
 void check_pages(const Ask<T>& ask) {
@@ -58,8 +60,6 @@ void check_pages(const Ask<T>& ask) {
   for (const Range& range : ranges) {
     if (range.first == range.end) continue;
     for (int64_t entry = range.first / ask.job.page_size; entry <= (range.end - 1) / ask.job.page_size; ++entry) {
-      check(entry < ask.job.table_width, "paged_attention: sequence ", ask.sequence, " needs ", entry + 1, " pages, its table has ",
-            ask.job.table_width);
       const int32_t page = ask.job.table[ask.sequence * ask.job.table_width + entry];
       check(page >= 0 && page < ask.job.pages, "paged_attention: sequence ", ask.sequence, " names page ", page, " of ", ask.job.pages);
     }
@@ -71,11 +71,18 @@ void check_job(const PagedAttention<T>& job) {
   check(job.starts[0] == 0 && job.starts[job.sequences] == job.tokens, "paged_attention: starts must run from 0 to ", job.tokens,
         ", got ", job.starts[0], " to ", job.starts[job.sequences]);
   for (int64_t b = 0; b < job.sequences; ++b) {
+    check(job.starts[b] <= job.starts[b + 1], "paged_attention: starts must not decrease, but do at sequence ", b);
+  }
+  check(job.page_size <= kMostPageSize, "paged_attention: a page must hold at most ", kMostPageSize, " tokens, got ", job.page_size);
+  for (int64_t b = 0; b < job.sequences; ++b) {
     const int64_t count = job.starts[b + 1] - job.starts[b];
-    check(count >= 0, "paged_attention: starts must not decrease, but do at sequence ", b);
     check(count <= job.lengths[b], "paged_attention: sequence ", b, " asks with ", count, " tokens of ", job.lengths[b]);
     check(job.prompts[b] >= 0, "paged_attention: prompts must not be negative, got ", job.prompts[b]);
-    if (count > 0) check_pages(Ask<T>{job, b, job.starts[b], 0, job.lengths[b] - count, static_cast<int>(count)});
+    if (count == 0) continue;
+    // A query sees itself, so the table reaches the end whatever the window.  Nothing below overflows once this holds.
+    const int64_t needed = (job.lengths[b] - 1) / job.page_size + 1;
+    check(needed <= job.table_width, "paged_attention: sequence ", b, " needs ", needed, " pages, its table has ", job.table_width);
+    check_pages(Ask<T>{job, b, job.starts[b], 0, job.lengths[b] - count, static_cast<int>(count)});
   }
 }
 

@@ -168,7 +168,13 @@ class Decoder(nn.Module):
         return self.lm_head.weight.dtype
 
     def embed(self, ids: Tensor) -> Tensor:
-        """int64 [T] -> [T, hidden]."""
+        """int64 [T] -> [T, hidden].  Raises InputError where an id is not in the vocabulary."""
+        if ids.dtype != torch.int64 or ids.dim() != 1:
+            raise InputError(f"token ids must be torch.int64 [T], got {ids.dtype} {list(ids.shape)}")
+        outside = (ids < 0) | (ids >= self.config.vocab_size)
+        if outside.any():
+            at = int(outside.nonzero()[0])
+            raise InputError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {int(ids[at])} at {at}")
         vectors: Tensor = self.model.embed_tokens(ids)
         return vectors
 
@@ -200,15 +206,28 @@ def greedy(
     """The likeliest token after a prompt [T, hidden], and again, until the end of text, which is yielded too, or max_tokens.
 
     chunk   prompt tokens of a pass; None takes them all at once
+
+    Raises InputError, before anything is computed, where prompt and max_tokens are more than the decoder's positions.
     """
-    length = embeddings.shape[0]
-    if length < 1:
-        raise InputError("a prompt must have at least one token")
-    cache = Cache.for_tokens(decoder.config, length + max_tokens, decoder.dtype, embeddings.device)
+    if embeddings.dim() != 2 or len(embeddings) < 1:
+        raise InputError(f"a prompt must be [T, {decoder.config.hidden}] with at least one token, got {list(embeddings.shape)}")
+    length, most = len(embeddings), decoder.config.max_positions
+    if max_tokens < 0:
+        raise InputError(f"max_tokens must be 0 or more, got {max_tokens}")
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk must be at least 1, or None for the whole prompt at once, got {chunk}")
+    if length + max_tokens > most:
+        raise InputError(f"prompt and max_tokens must be at most {most} together, got {length} and {max_tokens}")
+    return _greedy(decoder, embeddings, max_tokens, eos_id, chunk or length)
+
+
+def _greedy(decoder: Decoder, embeddings: Tensor, max_tokens: int, eos_id: int | None, chunk: int) -> Iterator[int]:
+    length = len(embeddings)
+    cache = Cache.for_tokens(decoder.config, length + max_tokens, decoder.dtype, embeddings.device, prompt=length)
     sequence = cache.new_sequence(prompt=length)
     hidden = embeddings[:0]
-    for first in range(0, length, chunk or length):
-        part = embeddings[first : first + (chunk or length)]
+    for first in range(0, length, chunk):
+        part = embeddings[first : first + chunk]
         hidden = decoder(part, cache.batch([sequence], [part.shape[0]]), cache)
     for step in range(max_tokens):
         token = decoder.logits(hidden[-1:]).argmax(-1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optmem import reference
+from optmem.errors import InputError
 from optmem.ops.registry import (
     Implementation,
     as_array,
@@ -23,6 +25,12 @@ from optmem.ops.registry import (
     library,
     torch_on_cuda,
 )
+
+
+def _check_place(operator: str, first: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        check(tensor.device == first.device, f"{operator}: {name} must be on {first.device}, got {tensor.device}")
+
 
 # --- linear_rows ----------------------------------------------------------------------------------------------------------------
 
@@ -195,6 +203,7 @@ def rope_cache(
     wanted |= {"key_cache": (key_cache, cache_shape), "value_cache": (value_cache, cache_shape)}
     check_like("rope_cache", queries, wanted)
     check_index("rope_cache", "slots", slots, torch.int64, [tokens])
+    _check_place("rope_cache", queries, slots=slots)
     for name, tensor in (("queries", queries), ("key_cache", key_cache), ("value_cache", value_cache)):
         check(tensor.is_contiguous(), f"rope_cache: {name} is written in place and must be contiguous")
     with as_input_error():
@@ -215,9 +224,28 @@ def _rope_cache_cpu(
     cpu = cpp_for(queries)
     arguments = (queries, keys, values, cos, sin, slots, key_cache, value_cache)
     if cpu is None:
-        return reference.rope_cache(*arguments)
+        return _rope_cache_checked(*arguments)
     cpu.rope_cache(*map(as_array, arguments), torch.get_num_threads())
     return None
+
+
+@torch.library.impl(library, "rope_cache", "CUDA")
+def _rope_cache_checked(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    """The reference, behind the checks that the native code makes: nothing is written where a slot lies outside."""
+    cells = key_cache.shape[0] * key_cache.shape[1]
+    outside = (slots >= cells).nonzero().flatten().tolist()
+    if outside:
+        raise InputError(f"rope_cache: token {outside[0]} goes to cell {int(slots[outside[0]])} of {cells}")
+    reference.rope_cache(queries, keys, values, cos, sin, slots, key_cache, value_cache)
 
 
 @torch.library.register_fake("optmem::rope_cache")
@@ -234,7 +262,6 @@ def _rope_cache_fake(
     return None
 
 
-torch.library.impl(library, "rope_cache", "CUDA")(reference.rope_cache)
 described.append(cpp_or_reference("rope_cache"))
 described.append(partial(torch_on_cuda, "rope_cache"))
 
@@ -289,6 +316,7 @@ def paged_attention(
     check_index("paged_attention", "starts", starts, torch.int64, [sequences + 1])
     for name, tensor in (("lengths", lengths), ("prompts", prompts)):
         check_index("paged_attention", name, tensor, torch.int64, [sequences])
+    _check_place("paged_attention", queries, table=table, starts=starts, lengths=lengths, prompts=prompts)
     check(window is None or window > 0, f"paged_attention: window must be positive or None, got {window}")
     with as_input_error():
         out: Tensor = torch.ops.optmem.paged_attention(queries, keys, values, table, starts, lengths, prompts, window or 0, scale)
@@ -310,10 +338,50 @@ def _paged_attention_cpu(
     cpu = cpp_for(queries)
     inputs = (queries, keys, values, table, starts, lengths, prompts)
     if cpu is None:
-        return reference.paged_attention(*inputs, window, scale)
+        return _paged_attention_checked(*inputs, window, scale)
     out = queries.new_empty(queries.shape)
     cpu.paged_attention(*map(as_array, inputs), window, scale, as_array(out), torch.get_num_threads())
     return out
+
+
+@torch.library.impl(library, "paged_attention", "CUDA")
+def _paged_attention_checked(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """The reference, behind the checks that the native code makes."""
+    pages, page_size = keys.shape[:2]
+    edges, named = starts.tolist(), table.cpu()
+    _check_starts("paged_attention", edges, queries.shape[0], "sequence")
+    for b, (length, prompt) in enumerate(zip(lengths.tolist(), prompts.tolist(), strict=True)):
+        count = edges[b + 1] - edges[b]
+        check(count <= length, f"paged_attention: sequence {b} asks with {count} tokens of {length}")
+        check(prompt >= 0, f"paged_attention: prompts must not be negative, got {prompt}")
+        if count == 0:
+            continue
+        needed = -(-length // page_size)
+        check(needed <= table.shape[1], f"paged_attention: sequence {b} needs {needed} pages, its table has {table.shape[1]}")
+        behind = -(-min(prompt, length) // page_size)
+        recent = max(length - count - window + 1, 0) // page_size if window else 0
+        seen = torch.cat((named[b, :behind], named[b, max(behind, recent) : needed]))
+        outside = seen[(seen < 0) | (seen >= pages)].tolist()
+        if outside:
+            raise InputError(f"paged_attention: sequence {b} names page {outside[0]} of {pages}")
+    return reference.paged_attention(queries, keys, values, table, starts, lengths, prompts, window, scale)
+
+
+def _check_starts(operator: str, edges: list[int], count: int, owner: str) -> None:
+    ends = f"{edges[0]} to {edges[-1]}"
+    check(edges[0] == 0 and edges[-1] == count, f"{operator}: starts must run from 0 to {count}, got {ends}")
+    for at, (start, end) in enumerate(pairwise(edges)):
+        check(start <= end, f"{operator}: starts must not decrease, but do at {owner} {at}")
 
 
 @torch.library.register_fake("optmem::paged_attention")
@@ -331,7 +399,6 @@ def _paged_attention_fake(
     return queries.new_empty(queries.shape)
 
 
-torch.library.impl(library, "paged_attention", "CUDA")(reference.paged_attention)
 described.append(cpp_or_reference("paged_attention"))
 described.append(partial(torch_on_cuda, "paged_attention"))
 
@@ -411,8 +478,11 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Te
         routing.weights.dim() == 2 and routing.weights.shape[0] == tokens and routing.weights.shape[1] > 0,
         f"expert_mlp: weights must be [{tokens}, top_k], got {list(routing.weights.shape)}",
     )
+    weights_type = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check(routing.weights.dtype == weights_type, f"expert_mlp: weights must be {weights_type}, got {routing.weights.dtype}")
     check_index("expert_mlp", "order", routing.order, torch.int32, [routing.weights.numel()])
     check_index("expert_mlp", "starts", routing.starts, torch.int32, [experts + 1])
+    _check_place("expert_mlp", x, weights=routing.weights, order=routing.order, starts=routing.starts)
     with as_input_error():
         out: Tensor = torch.ops.optmem.expert_mlp(x, gate_up, down, routing.weights, routing.order, routing.starts)
     return out
@@ -423,10 +493,21 @@ def _expert_mlp_cpu(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, o
     cpu = cpp_for(x)
     inputs = (x, gate_up, down, weights, order, starts)
     if cpu is None:
-        return reference.expert_mlp(*inputs)
+        return _expert_mlp_checked(*inputs)
     out = x.new_empty(x.shape)
     cpu.expert_mlp(*map(as_array, inputs), as_array(out), torch.get_num_threads())
     return out
+
+
+@torch.library.impl(library, "expert_mlp", "CUDA")
+def _expert_mlp_checked(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """The reference, behind the checks that the native code makes."""
+    pairs = weights.numel()
+    _check_starts("expert_mlp", starts.tolist(), pairs, "expert")
+    outside = order[(order < 0) | (order >= pairs)].tolist()
+    if outside:
+        raise InputError(f"expert_mlp: order names pair {outside[0]} of {pairs}")
+    return reference.expert_mlp(x, gate_up, down, weights, order, starts)
 
 
 @torch.library.register_fake("optmem::expert_mlp")
@@ -434,6 +515,5 @@ def _expert_mlp_fake(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, 
     return x.new_empty(x.shape)
 
 
-torch.library.impl(library, "expert_mlp", "CUDA")(reference.expert_mlp)
 described.append(cpp_or_reference("expert_mlp"))
 described.append(partial(torch_on_cuda, "expert_mlp"))
