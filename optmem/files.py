@@ -41,6 +41,8 @@ def open_inside(folder: Path, name: str) -> Iterator[int]:
         # Not following: the last component is no link any more.  Not blocking: a named pipe would wait for a writer.
         descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{name!r} is a link to a file that is not there") from None
         raise SourceNotFoundError(f"{name!r} is not in the folder") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         reason = error.strerror if isinstance(error, OSError) else "its links form a loop"

@@ -29,7 +29,7 @@ from optmem.model.tensor_file import MAX_HEADER, all_finite, read_header, write_
 from optmem.model.weights import INDEX, SINGLE, check_tokenizer, load_weights, save_pretrained, verify
 from optmem.testing import assert_equal
 from optmem.testing.checkpoints import random_weights, special_ids, tiny_config, tokenizer_json
-from optmem.text.tokenizer import IMAGE, BytePairTokenizer
+from optmem.text.tokenizer import IMAGE, BytePairTokenizer, tokenizer_file
 
 FAMILIES = ["deepseek-ocr", "unlimited-ocr", "deepseek-ocr-2"]
 TOKENIZER = tokenizer_json()
@@ -298,8 +298,13 @@ WRONG_TENSORS = {
     "bytes": (lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.uint8)}), "uint8"),
     "float8": (lambda t: t.update({"model.norm.weight": torch.zeros(32).to(torch.float8_e4m3fn)}), "unknown type 'F8_E4M3'"),
     "experts of two types": (
-        lambda t: t.update({"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(16, 32)}), "another type than",
+        lambda t: t.update({"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(16, 32)}), "bfloat16 and float32",
     ),
+    "vectors of another type": (
+        lambda t: t.update({n: x.float() for n, x in t.items() if x.dim() == 1}),
+        "bfloat16 and float32, float32 among them model.sam_model.patch_embed.proj.bias",
+    ),
+    "a matrix of another type": (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()}), "among them lm_head.weight"),
 }  # fmt: skip
 
 
@@ -317,8 +322,27 @@ def test_every_problem_is_listed_at_once(tmp_path):
     tensors["model.norm.weight"] = torch.zeros(33)
     tensors["more"] = torch.zeros(1)
     folder = one_file(tmp_path / "model", tensors)
-    (folder / "tokenizer.json").unlink()
-    assert len(verify(folder)) == 4
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    problems = verify(folder)
+    for match in ("lm_head.weight is missing", "shape [33]", "'more' is not one", "bfloat16 and float32", "tokenizer.json"):
+        assert sum(match in problem for problem in problems) == 1, match
+    assert len(problems) == 5
+
+
+def test_several_types_are_loaded_as_the_one_that_is_asked_for(tmp_path):
+    tensors = {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in stored().items()}
+    folder = one_file(tmp_path / "model", tensors)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert_same(load_weights(folder, CONFIG, dtype=dtype), {name: tensor.to(dtype) for name, tensor in WEIGHTS.items()})
+    assert len(verify(folder)) == 1
+    assert "load them as one type" in verify(folder)[0]
+
+
+def test_several_types_are_not_saved(tmp_path):
+    mixed = {**WEIGHTS, "model.norm.weight": WEIGHTS["model.norm.weight"].float()}
+    with pytest.raises(InputError, match="bfloat16 and float32"):
+        save_pretrained(tmp_path / "model", CONFIG, mixed)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -367,6 +391,21 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
             check_tokenizer(tokenizer, config)
     write_config(folder, small)
     assert any("402 rows" in problem for problem in verify(folder))
+
+
+def test_a_model_can_do_without_a_tokenizer_but_not_with_a_broken_one(folder):
+    file = folder / "tokenizer.json"
+    assert tokenizer_file(folder) == TOKENIZER
+    file.unlink()
+    assert verify(folder) == []
+    file.symlink_to("nowhere.json")
+    assert verify(folder) == ["'tokenizer.json' is a link to a file that is not there"]
+    file.unlink()
+    file.mkdir()
+    assert verify(folder) == ["'tokenizer.json' is not a regular file"]
+    file.rmdir()
+    file.write_bytes(TOKENIZER[:-1])
+    assert len(verify(folder)) == 1
 
 
 # --- files and folders --------------------------------------------------------------------------------------------------------

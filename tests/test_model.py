@@ -17,6 +17,7 @@ from optmem.model.config_json import public_config
 from optmem.model.decoder import greedy
 from optmem.model.model import Model
 from optmem.model.modes import modes_of
+from optmem.model.weights import verify
 from optmem.pixels import MODES, Mode, Views, make_views
 from optmem.testing import assert_equal, generator
 from optmem.testing.checkpoints import random_weights, special_ids, tiny_config, tokenizer_json
@@ -53,10 +54,14 @@ def test_a_saved_model_comes_back_bit_for_bit_in_under_a_second(tmp_path, family
 def test_a_tokenizer_travels_with_its_model(tmp_path):
     content = tokenizer_json()
     config = tiny_config("deepseek-ocr", image_id=special_ids(content)["<image>"])
-    Model(config, random_weights(config)).save(tmp_path / "good", files={"tokenizer.json": content})
-    assert Model.load(tmp_path / "good").tokenizer is not None
+    Model(config, random_weights(config), files={"tokenizer.json": content}).save(tmp_path / "good")
+    loaded = Model.load(tmp_path / "good")
+    assert loaded.tokenizer is not None
+    loaded.save(tmp_path / "again")
+    assert Model.load(tmp_path / "again").files == {"tokenizer.json": content}
+    assert verify(tmp_path / "again") == []
     small = replace(config, decoder=replace(config.decoder, vocab_size=410))
-    Model(small, random_weights(small)).save(tmp_path / "small", files={"tokenizer.json": content})
+    Model(small, random_weights(small), files={"tokenizer.json": content}).save(tmp_path / "small")
     with pytest.raises(CheckpointError):
         Model.load(tmp_path / "small")
 

@@ -197,6 +197,26 @@ REFUSED = {
     "no head": both("lm_head", False),
     "another activation": both("hidden_act", "gelu"),
     "scaled positions": {"rope_scaling": {"type": "yarn"}},
+    "scaled positions by their new name": both("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
+    "a factor": both("rope_scaling", {"rope_type": "default", "factor": 40}),
+    "positions no object": both("rope_parameters", [10000.0]),
+    "two thetas": both("rope_parameters", {"rope_type": "default", "rope_theta": 1e6}),
+    "two thetas, neither the public one": {**both("rope_theta", 1e6), **both("rope_parameters", {"rope_theta": 10000.0})},
+    "half a head rotated": both("partial_rotary_factor", 0.5),
+    "half a head rotated, by its new name": both("rope_parameters", {"partial_rotary_factor": 0.5}),
+    "quantised": {"quantization_config": {"quant_method": "fp8"}},
+    "the language model quantised": {"language_config/quantization_config": {"quant_method": "fp8"}},
+    "wider heads": both("head_dim", 256),
+    "latent rotation": both("qk_rope_head_dim", 64),
+    "latent rest": both("qk_nope_head_dim", 128),
+    "wider values": both("v_head_dim", 64),
+    "a bias in the MLP": both("mlp_bias", True),
+    "views in another order": {"global_view_pos": "tail"},
+    "tiles in a row": {"tile_tag": "1D"},
+    "larger patches": {"vision_config/width/sam_vit_b/patch_size": 32},
+    "a view that is no multiple of a token": {"vision_config/image_size": 1000},
+    "tiles that are no multiple of a token": {"vision_config/tile_size": 650},
+    "one tile": {"vision_config/max_tiles": 1},
     "theta zero": both("rope_theta", 0),
     "theta infinite": both("rope_theta", 1e999),
     "eps negative": both("rms_norm_eps", -1e-6),
@@ -230,6 +250,52 @@ def test_other_models_are_refused(case):
     assert len(str(caught.value)) < 300
 
 
+UNLIKE_OURS = {  # fields that change what the weights compute, and are refused by their name
+    "rope_scaling": [{"type": "linear", "factor": 2.0}, {"long_factor": [1.0]}, {"x" * 999: 1}, "yarn"],
+    "rope_parameters": [{"rope_theta": 1e6}, {"full_attention": {"rope_theta": 10000.0}}, {"rope_theta": True}],
+    "quantization_config": [{}, {"quant_method": "gptq"}, "fp8"],
+    "partial_rotary_factor": [0.25, True],
+    "head_dim": [64, 256, "128"],
+    "qk_rope_head_dim": [64, False],
+    "qk_nope_head_dim": [128],
+    "v_head_dim": [64, True],
+    "mlp_bias": [True, 0],
+    "global_view_pos": ["tail"],
+    "tile_tag": ["1D"],
+    "vision_config/image_size": [65, 1000, 1088.0],
+    "vision_config/tile_size": [63, 672],
+    "vision_config/max_tiles": [1, -1],
+    "vision_config/width/sam_vit_b/patch_size": [8, 14, 32],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in UNLIKE_OURS.items() for value in values])
+def test_what_would_change_the_numbers_is_refused_by_name(family, name, value):
+    with pytest.raises(CheckpointError, match=name.split("/")[-1]) as caught:
+        parse_config(changed(PUBLIC[family], {name: value} if "/" in name else both(name, value)))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        both("rope_parameters", {"rope_type": "default", "rope_theta": 10000}), both("rope_scaling", {"type": "default"}),
+        both("rope_scaling", {}), both("head_dim", 128), both("v_head_dim", 128), both("v_head_dim", 0), both("mlp_bias", False),
+        both("partial_rotary_factor", 1.0), both("partial_rotary_factor", 1), {"vision_config/width/sam_vit_b/patch_size": 16},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_says_the_same_is_read(family, changes):
+    assert parse_config(changed(PUBLIC[family], changes)) == public_config(family)
+
+
+@pytest.mark.parametrize("max_tiles", [0, 2, 32])
+def test_no_tiles_or_several(max_tiles):
+    assert parse_config(changed(V1, {"vision_config/max_tiles": max_tiles})).max_tiles == max_tiles
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -238,6 +304,7 @@ def test_other_models_are_refused(case):
         {"vision_config/width/qwen2-0-5b": {"dim": 896, "kv_heads": 3}},
         {"vision_config/width/qwen2-0-5b": {"dim": 896, "query_counts": [144, 255]}},
         {"vision_config/width/qwen2-0-5b": {"dim": 896, "query_counts": []}},
+        {"vision_config/width/qwen2-0-5b": {"dim": 896, "rope_scaling": {"type": "yarn"}}},
     ],
 )
 def test_other_second_stages_and_windows_are_refused(changes):

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from optmem.errors import InputError
-from optmem.text.parse import MAX_BOXES, Box, Region, parse_output, plain_text
+from optmem.text.parse import MAX_BOXES, Box, Region, clean, parse_output, plain_text
 from optmem.text.tokenizer import DET, DET_END, EOS, REF, REF_END
 
 SIZE = (1000, 2000)
@@ -50,7 +50,7 @@ def test_blocks_of_ul():
         + "<PAGE>"
         + ul("text", "[0,0,1,1]", "Three")
     )
-    reading = parse_output(answer, [SIZE, (100, 100)])
+    reading = parse_output(answer, [SIZE, (100, 100)], has_pages=True)
     assert reading.regions == (
         Region("title", (Box(0, 0, *SIZE),), "One", 0),
         Region("text block", (Box(1, 4, 3, 8),), "Two", 0),
@@ -72,6 +72,49 @@ def test_words_without_tags_are_kept(text):
 )
 def test_tables_and_code_are_kept(table):
     assert plain_text(v1("table", "[[0, 0, 9, 9]]", table)) == table
+
+
+def test_a_page_mark_is_a_word_to_the_other_families():
+    text = "UL writes <PAGE> before every page.<PAGE>"
+    reading = parse_output(text, [SIZE])
+    assert (reading.text, reading.num_pages) == (text, 1)
+    assert plain_text(text) == text
+    assert plain_text(text, has_pages=True) == "UL writes \n\n before every page."
+
+
+@pytest.mark.parametrize(
+    ("answer", "num_pages"),
+    [
+        ("", 1), ("<PAGE>", 1), ("one", 1), ("<PAGE>one", 1), ("<PAGE>one<PAGE>", 1), ("<PAGE>one<PAGE>\n" + EOS, 1),
+        ("<PAGE>one<PAGE>two", 2), ("<PAGE>one<PAGE>two<PAGE>", 2), ("<PAGE>one<PAGE><PAGE>three", 3),
+        ("<PAGE>one" + "<PAGE>" * 9, 1), ("<PAGE>one<PAGE>" + DET + "image [1, 2, 3, 4]" + DET_END, 2),
+    ],
+)  # fmt: skip
+def test_behind_a_page_mark_stands_a_page_or_nothing(answer, num_pages):
+    reading = parse_output(answer, [SIZE], has_pages=True)
+    assert reading.num_pages == num_pages
+    assert all(region.page < num_pages for region in reading.regions)
+
+
+CODE = "```py\na = 1\n\n\n\nb = 2 \\coloneqq\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        (CODE, CODE),
+        (f"a\n\n\n\n{CODE}\n\n\n\nb\n\n\n", f"a\n\n{CODE}\n\nb\n\n"),
+        (f"{CODE}\n\n\n\n{CODE}", f"{CODE}\n\n{CODE}"),
+        ("- a\n\n  ~~~ `\n\n\n  ~~~", "- a\n\n  ~~~ `\n\n  ~~~"),  # no fence: an info string has no backtick
+        ("  ~~~~ c\n```\n\n\n\n~~~\n~~~~~ \n\n\n", "  ~~~~ c\n```\n\n\n\n~~~\n~~~~~ \n\n"),  # ends with as many, or more
+        ("```\na\n\n\n\nb", "```\na\n\n\n\nb"),  # cut: what follows would have been code
+        ("```a```\n\n\nb", "```a```\n\nb"),  # code in a line
+        ("``\n\n\n``", "``\n\n``"),
+    ],
+)
+def test_code_is_kept_as_it_stands(text, cleaned):
+    assert clean(text) == cleaned
+    assert plain_text(text) == cleaned.strip("\n")
 
 
 def test_clean_ups():
@@ -130,14 +173,24 @@ def test_good_boxes_beside_bad_ones():
     ("answer", "text"),
     [
         (f"{REF}title with no end. Text", "title with no end. Text"),
-        (f"{REF}one{REF}two{REF_END}three", "one\n\nthree"),
+        (f"{REF}one{REF}two{REF_END}three", "onetwothree"),
         (f"{DET}[[1, 2, 3, 4]] text", "text"),
+        (f"{DET}[[1, 2, 3, 4]] 12 items", "12 items"),
+        (f"{DET}[[1, 2, 3, 4 items", "items"),
+        (f"{DET}[1 of 3] items", "[1 of 3] items"),
+        (f"{DET}12, 13 and 14 items", "12, 13 and 14 items"),
+        (f"{DET}1, 2, 3", "1, 2, 3"),
+        (f"{DET}text [1, 2, 3, 4] Words", "text [1, 2, 3, 4] Words"),
         (f"{DET}[[1, 2, 3", ""),
         (f"before{REF_END}after", "beforeafter"),
         (f"before{DET_END}after", "beforeafter"),
-        (f"{REF}a{REF_END}text without a box", "text without a box"),
+        (f"the {REF}word{REF_END} without a box", "the word without a box"),
+        (f"the {REF}word{REF_END}", "the word"),
+        (f"{REF}a{REF_END} b {DET}c [1, 2, 3, 4]{DET_END}d", "a b \n\nd"),
+        (f"{REF}a{REF_END}\n{DET}[[1,2,3,4]]{DET_END}text", "text"),
+        (f"{REF}a{REF_END}{DET}[[1, 2", ""),
         (f"{REF}a{DET}[[1,2,3,4]]{DET_END}text", "a\n\ntext"),
-        (f"{REF}a{REF_END}{REF_END}{DET_END}text{DET}", "text"),
+        (f"{REF}a{REF_END}{REF_END}{DET_END}text{DET}", "atext"),
         (f"{REF}{REF_END}{DET}{DET_END}", ""),
         (f"a{DET}{DET}{DET}b", "ab"),
         (f"<PAGE><PAGE>{REF}", ""),
@@ -145,7 +198,12 @@ def test_good_boxes_beside_bad_ones():
     ],
 )
 def test_unbalanced_tags_are_removed_and_words_kept(answer, text):
-    assert plain_text(answer) == text
+    assert plain_text(answer, has_pages=True) == text
+
+
+def test_a_box_without_an_end_leaves_the_next_its_own():
+    found = regions(f"{REF}title{REF_END}{DET}[[1, 2{DET}text [1, 2, 3, 4]{DET_END}words")
+    assert found == (Region("title", (), ""), Region("text", (Box(1, 4, 3, 8),), "words"))
 
 
 def test_a_hundred_thousand_boxes():
@@ -157,12 +215,14 @@ def test_a_hundred_thousand_boxes():
 
 
 @pytest.mark.parametrize(
-    "filler", ["[", "]", "[[", "<|", "[1,", "[1" + " " * 50, "<PAGE>", REF, DET, DET_END, " ", "\n", "\\", "[ [", "1" * 9]
-)
+    "filler", ["[", "]", "[[", "<|", "[1,", "[1" + " " * 50, "<PAGE>", REF, DET, DET_END, " ", "\n", "\\", "[ [", "1" * 9,
+               "~", "`", "~~~ ", "```\n", "~~~a\n", REF_END + " "]
+)  # fmt: skip
 @pytest.mark.parametrize("around", ["{}", DET + "{}", DET + "{}" + DET_END, REF + "{}" + REF_END])
 def test_long_nonsense_takes_linear_time(filler, around):
     start = time.perf_counter()
-    parse_output(around.format(filler * (200_000 // len(filler))), [SIZE])
+    for end in ("", "`"):
+        parse_output(around.format(filler * (200_000 // len(filler))) + end, [SIZE], has_pages=True)
     assert time.perf_counter() - start < 3
 
 
@@ -204,7 +264,7 @@ PIECES = st.one_of(
 @given(st.lists(PIECES, max_size=40).map("".join), st.integers(1, 70_000), st.integers(1, 70_000))
 @example("\ud800" + DET + "[[\udfff]]" + DET_END, 1, 1)
 def test_anything_is_parsed(text, width, height):
-    reading = parse_output(text, [(width, height)])
+    reading = parse_output(text, [(width, height)], has_pages=True)
     for region in reading.regions:
         assert 0 <= region.page < reading.num_pages
         for box in region.boxes:

@@ -1,14 +1,27 @@
 """Prompts and the repetition guard: exact ids, no forged pictures, every edge of the rule."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from optmem.errors import CheckpointError, InputError
 from optmem.testing.checkpoints import SPECIAL_PIECES, special_ids, tokenizer_json
+from optmem.text import prompts
 from optmem.text.detokenize import decode
 from optmem.text.ngram import NgramGuard
-from optmem.text.prompts import IMAGE_MARK, TASKS, Mark, default_guard, locate_prompt, prompt_ids, task_prompt, text_prompt
+from optmem.text.prompts import (
+    IMAGE_MARK,
+    TABLE_CELLS,
+    TASKS,
+    Mark,
+    default_guard,
+    locate_prompt,
+    prompt_ids,
+    task_prompt,
+    text_prompt,
+)
 from optmem.text.tokenizer import GROUNDING, IMAGE, REF, REF_END, BytePairTokenizer
 
 CONTENT = tokenizer_json()
@@ -88,6 +101,31 @@ def test_lengths_that_do_not_fit(lengths):
         ids_of(text_prompt("read"), lengths)
 
 
+@pytest.mark.parametrize("lengths", [[3], [2, 1]])
+def test_a_prompt_too_long_is_refused_whatever_it_is_made_of(lengths, monkeypatch):
+    prompt = text_prompt("the quick brown fox", num_images=len(lengths))
+    total = len(ids_of(prompt, lengths))
+    monkeypatch.setattr(prompts, "MAX_TOKENS", total)
+    assert len(ids_of(prompt, lengths)) == total
+    monkeypatch.setattr(prompts, "MAX_TOKENS", total - 1)
+    with pytest.raises(InputError, match=f"the prompt has {total} tokens, 3 of them vision tokens"):
+        ids_of(prompt, lengths)
+    with pytest.raises(InputError, match="0 of them"):
+        ids_of(("one two " * 100,), [])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_users_words_stand_where_the_familys_own_do(family):
+    assert spelled(text_prompt(" Read it. ", family=family)) == f"{IMAGE}{'' if family == 'unlimited-ocr' else chr(10)}Read it."
+    own = spelled(task_prompt(family, "document"))
+    assert own.startswith(f"{IMAGE}\n") == spelled(text_prompt("Read.", family=family)).startswith(f"{IMAGE}\n")
+
+
+def test_words_for_a_family_without_prompts():
+    with pytest.raises(InputError, match="llama"):
+        text_prompt("read", family="llama")
+
+
 def test_a_mark_that_the_tokenizer_does_not_know():
     with pytest.raises(CheckpointError, match="row_3"):
         ids_of((IMAGE_MARK, Mark("<row_3>")), [1])
@@ -103,7 +141,20 @@ def test_the_guards_of_the_families():
     assert default_guard("unlimited-ocr", "document") == NgramGuard(35, 128)
     assert default_guard("unlimited-ocr", "pages") == NgramGuard(35, 1024)
     assert default_guard("nano") is None
+    assert cells == TABLE_CELLS
     assert all(default_guard(family, task) for family in FAMILIES for task in TASKS[family])
+
+
+def test_the_guard_spares_the_cells_of_the_tokenizer():
+    cells = frozenset({IDS["<td>"], IDS["</td>"]})
+    assert default_guard("deepseek-ocr", tokenizer=TOKENIZER) == NgramGuard(30, 90, cells)
+    assert default_guard("deepseek-ocr-2", "text", tokenizer=TOKENIZER) == NgramGuard(20, 90, cells)
+    assert default_guard("unlimited-ocr", "pages", tokenizer=TOKENIZER) == NgramGuard(35, 1024), "it spares none"
+    assert default_guard("nano", tokenizer=TOKENIZER) is None
+    without = json.loads(CONTENT)
+    without["added_tokens"] = [token for token in without["added_tokens"] if token["content"] != "<td>"]
+    guard = default_guard("deepseek-ocr", tokenizer=BytePairTokenizer(json.dumps(without).encode()))
+    assert guard == NgramGuard(30, 90, frozenset({IDS["</td>"]}))
 
 
 @pytest.mark.parametrize(

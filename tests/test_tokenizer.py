@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optmem.errors import CheckpointError, InputError, SourceNotFoundError
 from optmem.testing.checkpoints import CORPUS, SPECIAL_PIECES, special_ids, tokenizer_json
 from optmem.text.detokenize import decode
-from optmem.text.tokenizer import EOS, IMAGE, BytePairTokenizer, load_tokenizer
+from optmem.text.tokenizer import EOS, IMAGE, BytePairTokenizer, has_tokenizer, load_tokenizer, tokenizer_file, tokenizer_name
 
 CONTENT = tokenizer_json()
 TOKENIZER = BytePairTokenizer(CONTENT)
@@ -171,9 +171,23 @@ def test_a_damaged_file_is_refused_or_harmless(data):
 
 
 def test_a_folder_says_which_tokenizer_it_has(tmp_path):
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        load_tokenizer(tmp_path)
+    assert not has_tokenizer(tmp_path)
+    for reader in (load_tokenizer, tokenizer_file, tokenizer_name):
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            reader(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(CONTENT)
+    assert has_tokenizer(tmp_path)
+    assert (tokenizer_name(tmp_path), tokenizer_file(tmp_path)) == ("tokenizer.json", CONTENT)
     assert load_tokenizer(tmp_path).encode("fox") == TOKENIZER.encode("fox")
     with pytest.raises(SourceNotFoundError):
         load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(SourceNotFoundError):
+        has_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_link_that_leads_nowhere_is_a_broken_tokenizer_and_not_none(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("gone.json")
+    assert has_tokenizer(tmp_path)
+    for reader in (load_tokenizer, tokenizer_file):
+        with pytest.raises(CheckpointError, match=r"'tokenizer\.json' is a link to a file that is not there"):
+            reader(tmp_path)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from optmem import ops
 from optmem.model.config import ClipConfig
-from optmem.model.tables import ResizedTable, resize_positions
+from optmem.model.tables import ResizedTable, crop_positions, resize_positions
 
 NORM_EPS = 1e-5
 PATCH = 14  # pixels of CLIP's own projection, which is stored and not used
@@ -41,7 +41,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, config.width, PATCH, PATCH, bias=False)  # never called: the map takes its place
         self.patch_embedding.requires_grad_(False)
         self.position_embedding = nn.Embedding(config.table_side**2 + 1, config.width)
-        self._positions = ResizedTable(resize_positions)
+        self._positions = ResizedTable(crop_positions if config.crops_table else resize_positions)
 
     def forward(self, cells: Tensor) -> Tensor:
         """[B, m, m, D] -> [B, 1 + m * m, D]."""

@@ -3,6 +3,7 @@
 deepseek-ocr    V1: windowed and global stage, compressor, CLIP stage, newlines
 unlimited-ocr   UL: V1's shapes; the decoder sees the prompt and its last 128 tokens
 deepseek-ocr-2  V2: the second stage is a causal decoder over learned queries; no newlines
+nano            V1 at a small size with the vocabulary of pages/symbols.py, read row by row, and the glance (glance.py)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Literal
 
 from optmem.errors import InputError
 
-Family = Literal["deepseek-ocr", "unlimited-ocr", "deepseek-ocr-2"]
+Family = Literal["deepseek-ocr", "unlimited-ocr", "deepseek-ocr-2", "nano"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class StageOneConfig:
     table_side: int = 64  # side of the stored position table, in patches
     neck_width: int = 256
     channels: tuple[int, int] = (512, 1024)  # of the two stride-2 convolutions
+    crops_table: bool = False  # smaller views take the upper left corner of the position table instead of all of it, resized
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class ClipConfig:
     heads: int = 16
     mlp_width: int = 4096
     table_side: int = 16  # side of the stored position table, in compressed cells
+    crops_table: bool = False  # as for stage one
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,15 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GlanceConfig:
+    """The read-out of vision tokens: which symbol stands at a place, and how large this page's cells are."""
+
+    code: int = 24  # numbers a place inside the token is read into
+    width: int = 256
+    cells: tuple[tuple[int, int], ...] = ((16, 8), (8, 8))  # height and width in pixels, of the cells that it knows
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model: exactly one of clip and query is its second stage."""
 
@@ -89,6 +101,7 @@ class ModelConfig:
     clip: ClipConfig | None = ClipConfig()
     query: QueryConfig | None = None
     decoder: DecoderConfig = DecoderConfig()
+    glance: GlanceConfig | None = None
     base_side: int = 1024  # pixels of a global view
     tile_side: int = 640
     max_tiles: int = 9
@@ -117,6 +130,9 @@ def scaled(config: ModelConfig, scale: float) -> ModelConfig:
     """
     if not 0 < scale <= 1:
         raise InputError(f"scale must be above 0 and at most 1, got {scale}")
+
+    if scale == 1:
+        return config
 
     def part(whole: int, least: int = 1, multiple: int = 1) -> int:
         return max(round(whole * scale / multiple), least) * multiple

@@ -1,4 +1,4 @@
-"""config.json of the three public families, read into ModelConfig and written back.
+"""config.json of the three public families and of nano, read into ModelConfig and written back.
 
 The text fields stand twice in the public files: at the top and under ``language_config``.  Either place will do; where both have a
 field they must agree.  What a file leaves out has the public number of its family.  Fields that the public layout has no name for
@@ -11,26 +11,34 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from optmem.errors import CheckpointError
 from optmem.files import checkpoint_folder, read_json
-from optmem.model.config import ClipConfig, DecoderConfig, Family, ModelConfig, QueryConfig, StageOneConfig
+from optmem.model.config import ClipConfig, DecoderConfig, Family, GlanceConfig, ModelConfig, QueryConfig, StageOneConfig
 
 CONFIG = "config.json"
 MAX_CONFIG = 1 << 20  # bytes
 _SHOWN = 40  # characters of a bad value in a message
 _CLIP_PATCH = 14  # pixels; only the quotient of image_size and patch_size means anything here
+_PATCH = 16  # pixels; what the patch operator cuts a page into
+_TOKEN = 64  # pixels of a vision token's side: four patches, twice halved
 
 _FAMILIES: dict[str, Family] = {
     "DeepseekOCRForCausalLM": "deepseek-ocr",
     "UnlimitedOCRForCausalLM": "unlimited-ocr",
     "DeepseekOCR2ForCausalLM": "deepseek-ocr-2",
+    "OptmemNanoForCausalLM": "nano",
 }
 _ARCHITECTURES = {family: name for name, family in _FAMILIES.items()}
-_MODEL_TYPES = {"deepseek-ocr": "deepseek_vl_v2", "unlimited-ocr": "unlimited-ocr", "deepseek-ocr-2": "deepseek_vl_v2"}
+_MODEL_TYPES = {
+    "deepseek-ocr": "deepseek_vl_v2",
+    "unlimited-ocr": "unlimited-ocr",
+    "deepseek-ocr-2": "deepseek_vl_v2",
+    "nano": "optmem-nano",
+}
 
 # auto_map names Python code beside the weights.  No code of a checkpoint is ever imported here; the names of the public files
 # are let through because their config.json has them, and any other is refused as a checkpoint that wants code of its own.
@@ -52,11 +60,19 @@ _FIXED: dict[str, object] = {
     "moe_layer_freq": 1,
     "attention_bias": False,
     "tie_word_embeddings": False,
+    "mlp_bias": False,
     "hidden_act": "silu",
-    "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
+    "qk_nope_head_dim": 0,  # this and the next are of latent attention, which use_mla turns off
+    "qk_rope_head_dim": 0,
+    "quantization_config": None,
+    "global_view_pos": "head",
+    "tile_tag": "2D",
 }
+_ROTATIONS = ("rope_parameters", "rope_scaling")  # the newer and the older name of one object
 
 MAX_WIDTH = 65_536
+_MAX_CELL = 64  # pixels
 MAX_LAYERS = 512
 MAX_EXPERTS = 65_536  # in all layers together
 MAX_VOCABULARY = 1 << 21
@@ -70,7 +86,25 @@ def public_config(family: Family) -> ModelConfig:
     if family == "deepseek-ocr-2":
         stage_one, query = StageOneConfig(channels=(512, 896)), QueryConfig()
         return ModelConfig(family, stage_one=stage_one, clip=None, query=query, tile_side=768, max_tiles=6)
-    return ModelConfig(family)
+    return nano_config() if family == "nano" else ModelConfig(family)
+
+
+def nano_config() -> ModelConfig:
+    """Nano's numbers: 19.6 million weights.  Its special ids are the first of its tokenizer (text/characters.py)."""
+    return ModelConfig(
+        "nano",
+        stage_one=StageOneConfig(
+            width=192, layers=2, heads=4, mlp_width=768, global_layers=(), window=8, neck_width=192, channels=(256, 384),
+            crops_table=True,
+        ),
+        clip=ClipConfig(width=384, layers=2, heads=4, mlp_width=1536, table_side=16, crops_table=True),
+        decoder=DecoderConfig(
+            vocab_size=704, hidden=384, layers=4, heads=6, dense_width=768, experts=64, expert_width=24, shared_experts=16,
+            top_k=1, max_positions=8192,
+        ),
+        glance=GlanceConfig(),
+        tile_side=512, max_tiles=0, bos_id=0, eos_id=3, image_id=2,
+    )  # fmt: skip
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -160,6 +194,7 @@ def parse_config(fields: dict[str, object]) -> ModelConfig:
         clip=clip,
         query=query,
         decoder=decoder,
+        glance=None if public.glance is None else _read_glance(top.child("glance_config"), public.glance),
         base_side=base_side,
         tile_side=vision.whole("tile_size", public.tile_side, 8192, least=64),
         max_tiles=vision.whole("max_tiles", public.max_tiles, 1024, least=0),
@@ -190,17 +225,20 @@ def _check_code(fields: _Fields) -> None:
 
 
 def _read_decoder(text: _Fields, public: DecoderConfig) -> DecoderConfig:
-    for name, only in _FIXED.items():
-        value = text.value(name)
-        if value is not None and (isinstance(value, bool) != isinstance(only, bool) or value != only):
-            raise text.bad(name, f"{json.dumps(only)}, the only value that is supported", value)
+    _check_fixed(text, _FIXED)
     layers = text.whole("num_hidden_layers", public.layers, MAX_LAYERS)
     heads = text.whole("num_attention_heads", public.heads, 1024)
     if text.whole("num_key_value_heads", heads, 1024) != heads:
         raise CheckpointError(f"{CONFIG}: num_key_value_heads must be num_attention_heads ({heads}): these models share no keys")
+    hidden = text.whole("hidden_size", public.hidden, MAX_WIDTH)
+    _check_fixed(text, {"head_dim": hidden // heads})
+    if text.value("v_head_dim") != hidden // heads:  # as UL's file has it, the others have 0; neither is used
+        _check_fixed(text, {"v_head_dim": 0})
+    theta = text.positive("rope_theta", public.rope_theta)
+    _check_rotation(text, theta)
     return DecoderConfig(
         vocab_size=text.whole("vocab_size", public.vocab_size, MAX_VOCABULARY),
-        hidden=text.whole("hidden_size", public.hidden, MAX_WIDTH),
+        hidden=hidden,
         layers=layers,
         heads=heads,
         dense_layers=text.whole("first_k_dense_replace", public.dense_layers, layers, least=0),
@@ -209,11 +247,30 @@ def _read_decoder(text: _Fields, public: DecoderConfig) -> DecoderConfig:
         expert_width=text.whole("moe_intermediate_size", public.expert_width, MAX_WIDTH),
         shared_experts=text.whole("n_shared_experts", public.shared_experts, 1024),
         top_k=text.whole("num_experts_per_tok", public.top_k, 4096),
-        rope_theta=text.positive("rope_theta", public.rope_theta),
+        rope_theta=theta,
         norm_eps=text.positive("rms_norm_eps", public.norm_eps),
         max_positions=text.whole("max_position_embeddings", public.max_positions, MAX_POSITIONS),
         window=_read_window(text, public.window),
     )
+
+
+def _check_fixed(fields: _Fields, fixed: Mapping[str, object]) -> None:
+    """Refuse a field that says anything else than the one value that is supported; it may be left out."""
+    for name, only in fixed.items():
+        value = fields.value(name)
+        if value is not None and (isinstance(value, bool) != isinstance(only, bool) or value != only):
+            raise fields.bad(name, f"{json.dumps(only)}, the only value that is supported", value)
+
+
+def _check_rotation(fields: _Fields, theta: float) -> None:
+    """Positions are rotated over the whole head and unscaled; an object that says just this is let through."""
+    plain: dict[str, object] = {"rope_type": "default", "type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0}
+    for name in _ROTATIONS:
+        rotation = fields.child(name)
+        unknown = rotation.places[0].keys() - plain.keys()
+        if unknown:
+            raise CheckpointError(f"{rotation.where}: {min(unknown)[:_SHOWN]!r} is not supported: positions are not scaled")
+        _check_fixed(rotation, plain)
 
 
 def _read_window(text: _Fields, public: int | None) -> int | None:
@@ -249,6 +306,7 @@ def _read_stage_one(sam: _Fields, public: StageOneConfig, base_side: int, query:
         table_side=sam.whole("table_side", max(base_side // patch, 1), 4096),
         neck_width=sam.whole("neck_width", public.neck_width, MAX_WIDTH),
         channels=(channels[0], channels[1]),
+        crops_table=public.crops_table,
     )
 
 
@@ -264,18 +322,32 @@ def _read_clip(clip: _Fields, public: ClipConfig) -> ClipConfig:
         heads=clip.whole("heads", public.heads, 1024),
         mlp_width=clip.whole("mlp_width", 4 * width, MAX_WIDTH * 4),
         table_side=side // patch,
+        crops_table=public.crops_table,
     )
 
 
 def _read_query(query: _Fields, public: QueryConfig) -> QueryConfig:
+    theta = query.positive("rope_theta", public.rope_theta)
+    _check_rotation(query, theta)
     return QueryConfig(
         width=query.whole("dim", public.width, MAX_WIDTH),
         layers=query.whole("layers", public.layers, MAX_LAYERS),
         heads=query.whole("heads", public.heads, 1024),
         kv_heads=query.whole("kv_heads", public.kv_heads, 1024),
         mlp_width=query.whole("mlp_width", public.mlp_width, MAX_WIDTH * 4),
-        rope_theta=query.positive("rope_theta", public.rope_theta),
+        rope_theta=theta,
         query_counts=query.wholes("query_counts", public.query_counts, 1 << 16, least=1),
+    )
+
+
+def _read_glance(glance: _Fields, public: GlanceConfig) -> GlanceConfig:
+    sides = glance.wholes("cells", [side for cell in public.cells for side in cell], _MAX_CELL, least=1)
+    if not sides or len(sides) % 2:
+        raise glance.bad("cells", "heights and widths by turns", list(sides))
+    return GlanceConfig(
+        code=glance.whole("code", public.code, MAX_WIDTH),
+        width=glance.whole("width", public.width, MAX_WIDTH),
+        cells=tuple(zip(sides[::2], sides[1::2], strict=True)),
     )
 
 
@@ -306,8 +378,15 @@ def check_config(config: ModelConfig) -> None:
         _check(len({*query.query_counts}) == len(query.query_counts) > 0, "query_counts must be distinct")
         _check(all(math.isqrt(count) ** 2 == count for count in query.query_counts), "query_counts must be squares")
     _check((config.clip is None) != (config.query is None), "a model has one second stage, clip or query")
+    _check((config.glance is None) == (config.family != "nano"), "nano has a glance, and no other family has")
+    crops = (stage_one.crops_table, config.clip is not None and config.clip.crops_table)
+    _check(crops == (config.family == "nano",) * 2, "nano crops its position tables, and no other family does")
     for name, (width, count) in heads.items():
         _check(width % count == 0, f"{name}: a width of {width} cannot be split into {count} heads")
+    _check(stage_one.patch == _PATCH, f"sam_vit_b: patch_size must be {_PATCH}, got {stage_one.patch}")
+    for name, side in {"image_size": config.base_side, "tile_size": config.tile_side}.items():
+        _check(side % _TOKEN == 0, f"{name} must be a multiple of {_TOKEN} pixels, got {side}")
+    _check(config.max_tiles != 1, "max_tiles must be 0 or at least 2: a single tile would be the global view again")
     _check(decoder.head_dim % 2 == 0, f"decoder: rotation needs an even head width, got {decoder.head_dim}")
     _check(decoder.top_k <= decoder.experts, f"decoder: {decoder.top_k} experts per token of {decoder.experts}")
     _check(decoder.layers * decoder.experts <= MAX_EXPERTS, f"decoder: more than {MAX_EXPERTS:,} experts in all layers")
@@ -353,8 +432,13 @@ def config_fields(config: ModelConfig) -> dict[str, object]:
             "tile_size": config.tile_side,
             "width": _width_fields(config),
         },
+        **({} if config.glance is None else {"glance_config": _glance_fields(config.glance)}),
         **text,
     }
+
+
+def _glance_fields(glance: GlanceConfig) -> dict[str, object]:
+    return {"code": glance.code, "width": glance.width, "cells": [side for cell in glance.cells for side in cell]}
 
 
 def _text_fields(config: ModelConfig) -> dict[str, object]:

@@ -17,10 +17,12 @@ from math import isqrt
 
 from torch import Tensor
 
-from optmem.model.config import ClipConfig, DecoderConfig, ModelConfig, QueryConfig, StageOneConfig
+from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, ModelConfig, QueryConfig, StageOneConfig
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
+PLACE_HEIGHT, PLACE_WIDTH = 8, 4  # pixels; what the glance tells apart inside a vision token of 64 x 64
+PLACES = (64 // PLACE_HEIGHT) * (64 // PLACE_WIDTH)
 _CLIP_PATCH = 14  # pixels; CLIP's own patch projection is stored and never used
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -37,6 +39,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["model.image_newline"] = (config.decoder.hidden,)
     shapes["model.view_seperator"] = (config.decoder.hidden,)
     shapes.update(_decoder(config.decoder))
+    if config.glance is not None:
+        shapes.update(_glance("glance.", config.glance, config.decoder))
     return shapes
 
 
@@ -167,3 +171,13 @@ def _swiglu(name: str, width: int, hidden: int) -> Shapes:
     yield f"{name}.gate_proj.weight", (width, hidden)
     yield f"{name}.up_proj.weight", (width, hidden)
     yield f"{name}.down_proj.weight", (hidden, width)
+
+
+def _glance(prefix: str, config: GlanceConfig, decoder: DecoderConfig) -> Shapes:
+    yield from _norm(prefix + "norm", decoder.hidden)
+    yield from _linear(prefix + "places", PLACES * config.code, decoder.hidden)
+    yield f"{prefix}rows.weight", (PLACE_HEIGHT, config.code)
+    yield f"{prefix}columns.weight", (PLACE_WIDTH, config.code)
+    yield from _linear(prefix + "mix", config.width, config.code)
+    yield from _linear(prefix + "symbols", decoder.vocab_size, config.width)
+    yield from _linear(prefix + "cells", len(config.cells), decoder.hidden)

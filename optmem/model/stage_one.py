@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optmem import ops
 from optmem.model.config import StageOneConfig
-from optmem.model.tables import ResizedTable, resize_positions, resize_relative
+from optmem.model.tables import ResizedTable, crop_positions, resize_positions, resize_relative
 
 NORM_EPS = 1e-6
 
@@ -33,7 +33,7 @@ class StageOne(nn.Module):
         )
         self.net_2 = nn.Conv2d(neck, config.channels[0], 3, stride=2, padding=1, bias=False)
         self.net_3 = nn.Conv2d(config.channels[0], config.channels[1], 3, stride=2, padding=1, bias=False)
-        self._positions = ResizedTable(resize_positions)
+        self._positions = ResizedTable(crop_positions if config.crops_table else resize_positions)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, S, S, C] -> [B, m, m, channels], row by row."""

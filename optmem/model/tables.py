@@ -21,6 +21,11 @@ def resize_positions(table: Tensor, side: int) -> Tensor:
     return resized[0].permute(1, 2, 0).to(table.dtype).contiguous()
 
 
+def crop_positions(table: Tensor, side: int) -> Tensor:
+    """The upper left corner, so that a place has the same vector on every page; resized where the page is larger."""
+    return table[:side, :side].contiguous() if side <= table.shape[0] else resize_positions(table, side)
+
+
 def resize_relative(table: Tensor, side: int) -> Tensor:
     """A table of relative positions [2 t - 1, d] for a grid of another side: linear, in fp32.  -> [2 side - 1, d]"""
     length = 2 * side - 1

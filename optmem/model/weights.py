@@ -29,9 +29,9 @@ from optmem.errors import CheckpointError, InputError, SourceNotFoundError
 from optmem.files import checkpoint_folder, open_inside, read_json
 from optmem.model.config import ModelConfig
 from optmem.model.config_json import CONFIG, check_config, read_config, write_config
-from optmem.model.layout import expected_tensors, packed_name, packed_tensors, stored_view
+from optmem.model.layout import expected_tensors, packed_tensors, stored_view
 from optmem.model.tensor_file import Entry, all_finite, read_header, read_tensor, write_file
-from optmem.text.tokenizer import IMAGE, Tokenizer, load_tokenizer
+from optmem.text.tokenizer import IMAGE, Tokenizer, has_tokenizer, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,7 +63,8 @@ class Stored:
 def verify(folder: str | os.PathLike[str]) -> list[str]:
     """Everything that is wrong with a checkpoint, in sentences; empty where it can be loaded.
 
-    Reads config.json, the tokenizer and the headers, no weight.  What only the weights show (NaN) is found by load_weights.
+    Reads config.json, the tokenizer where there is one, and the headers, no weight.  What only the weights show (NaN) is found by
+    load_weights.  Weights of several types are named, though load_weights takes them where it is told a type.
     Raises SourceNotFoundError where there is no such folder.
     """
     path = checkpoint_folder(folder)
@@ -72,11 +73,11 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         stored = _attempt(problems, lambda: _stored_tensors(path, _open_shards(path, stack)))
     config = _attempt(problems, lambda: read_config(path))
     if config is not None:
-        tokenizer = _attempt(problems, lambda: load_tokenizer(path))
+        tokenizer = _attempt(problems, lambda: load_tokenizer(path)) if has_tokenizer(path) else None
         if tokenizer is not None:
             problems += _tokenizer_problems(tokenizer, config)
         if stored is not None:
-            problems += _tensor_problems(stored, config)
+            problems += _tensor_problems(stored, config) + _type_problems(stored, config)
     return problems
 
 
@@ -85,7 +86,7 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Every weight of the model, by name; the experts of a layer as two tensors (see layout.py).
 
-    dtype   torch.bfloat16, float16 or float32; None keeps what is stored
+    dtype   torch.bfloat16, float16 or float32; None keeps what is stored, which then must be one type
 
     Raises CheckpointError before anything is allocated where names, shapes or types are not those of ``config``, and while
     reading where a value is not finite.
@@ -97,9 +98,9 @@ def load_weights(
     with ExitStack() as stack:
         descriptors = _open_shards(path, stack)
         stored = _stored_tensors(path, descriptors)
-        _raise_first(_tensor_problems(stored, config))
-        types = {packed_name(name): dtype or tensor.entry.dtype for name, tensor in stored.items()}
-        weights = {name: torch.empty(shape, dtype=types[name], device=device) for name, shape in packed_tensors(config).items()}
+        _raise_first(_tensor_problems(stored, config) + (_type_problems(stored, config) if dtype is None else []))
+        kept = dtype or next(iter(stored.values())).entry.dtype
+        weights = {name: torch.empty(shape, dtype=kept, device=device) for name, shape in packed_tensors(config).items()}
         _read_all(stored, weights, descriptors)
     return weights
 
@@ -169,11 +170,10 @@ def _stored_tensors(folder: Path, descriptors: Mapping[str, int]) -> dict[str, S
 
 
 def _tensor_problems(stored: Mapping[str, Stored], config: ModelConfig) -> list[str]:
-    """Missing, unknown, mis-shaped and mis-typed tensors."""
+    """Missing, unknown and mis-shaped tensors, and those that hold no weights."""
     expected = expected_tensors(config)
     problems = [f"tensor {name} is missing" for name in expected if name not in stored]
     problems += [f"tensor {name[:200]!r} is not one of a {config.family} model" for name in stored if name not in expected]
-    types: dict[str, torch.dtype] = {}
     for name, shape in expected.items():
         if name not in stored:
             continue
@@ -181,10 +181,25 @@ def _tensor_problems(stored: Mapping[str, Stored], config: ModelConfig) -> list[
         if entry.shape != shape:
             problems.append(f"tensor {name} has the shape {list(entry.shape)}, config.json makes it {list(shape)}")
         if entry.dtype not in _FLOATS:
-            problems.append(f"tensor {name} holds {str(entry.dtype).removeprefix('torch.')}, weights are BF16, F16 or F32")
-        elif types.setdefault(packed_name(name), entry.dtype) != entry.dtype:
-            problems.append(f"tensor {name} has another type than the layer's other experts")
+            problems.append(f"tensor {name} holds {_type_name(entry.dtype)}, weights are BF16, F16 or F32")
     return problems
+
+
+def _type_problems(stored: Mapping[str, Stored], config: ModelConfig) -> list[str]:
+    """A model computes in one type: with its vectors in another than its matrices it would fail at the first page."""
+    types: dict[torch.dtype, list[str]] = {}
+    for name in expected_tensors(config):
+        if name in stored and stored[name].entry.dtype in _FLOATS:
+            types.setdefault(stored[name].entry.dtype, []).append(name)
+    if len(types) < 2:
+        return []
+    fewest = min(types, key=lambda dtype: len(types[dtype]))
+    named = " and ".join(sorted(map(_type_name, types)))
+    return [f"the tensors hold {named}, {_type_name(fewest)} among them {types[fewest][0]}: load them as one type (dtype)"]
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tokenizer_problems(tokenizer: Tokenizer, config: ModelConfig) -> list[str]:
@@ -236,7 +251,7 @@ def save_pretrained(
     weights   as load_weights returns them
     files     what else belongs to the model, such as tokenizer.json, by plain name
 
-    Raises InputError where the folder holds something, or the weights are not those of ``config`` or not finite.
+    Raises InputError where the folder holds something, or the weights are not those of ``config``, not of one type or not finite.
     """
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -248,7 +263,7 @@ def save_pretrained(
         for name, content in (files or {}).items():
             _write_durably(unfinished / name, content)
         # Last: without its config.json not even the unfinished folder could be taken for a checkpoint.
-        write_config(unfinished, config, _common_type(weights))
+        write_config(unfinished, config, _type_name(weights["model.embed_tokens.weight"].dtype))
 
 
 @contextmanager
@@ -274,6 +289,9 @@ def _check_for_saving(config: ModelConfig, weights: Mapping[str, Tensor], files:
     wrong |= {name for name in wanted.keys() & weights.keys() if weights[name].dtype not in _FLOATS}
     if wrong:
         raise InputError(f"{len(wrong)} tensors are not those of this config, among them {min(wrong)!r}")
+    types = sorted({_type_name(tensor.dtype) for tensor in weights.values()})
+    if len(types) > 1:
+        raise InputError(f"the tensors hold {' and '.join(types)}, a checkpoint is of one type")
     infinite = [name for name, tensor in weights.items() if not all_finite(tensor)]
     if infinite:
         raise InputError(f"{len(infinite)} tensors hold NaN or infinite values, among them {infinite[0]!r}: nothing was saved")
@@ -316,8 +334,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _common_type(weights: Mapping[str, Tensor]) -> str:
-    """The type of the embeddings, as config.json writes it."""
-    return str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")

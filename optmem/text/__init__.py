@@ -1,1 +1,1 @@
-"""Text: token counts, and later tokenizers and prompts."""
+"""Text: tokenizers and token counts, prompts and the repetition guard, and what a model's answer says."""

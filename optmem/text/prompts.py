@@ -9,13 +9,14 @@ writes marks.  There are no roles and no end: the public models answer the promp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
-from optmem.errors import InputError
+from optmem.errors import CheckpointError, InputError
 from optmem.text.ngram import NgramGuard
 from optmem.text.tokenizer import GROUNDING, IMAGE, REF, REF_END, Tokenizer
 
-MAX_TOKENS = 1 << 20  # of a prompt: counted before the list is made
+MAX_TOKENS = 1 << 20  # of a prompt, its start, words and vision tokens together: counted before the list is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +49,28 @@ TASKS: dict[str, dict[str, Prompt]] = {
     "unlimited-ocr": _UNLIMITED,
 }
 
-_TABLE_CELLS = frozenset({128821, 128822})  # <td> and </td>: rows of empty cells repeat
+_CELL_TAGS = ("<td>", "</td>")  # rows of empty cells repeat
+TABLE_CELLS = frozenset({128821, 128822})  # their ids in the public tokenizers
 # By family and task; None stands for every other task.
 _GUARDS: dict[str, dict[str | None, NgramGuard]] = {
-    "deepseek-ocr": {None: NgramGuard(30, 90, _TABLE_CELLS)},
-    "deepseek-ocr-2": {None: NgramGuard(20, 90, _TABLE_CELLS)},
+    "deepseek-ocr": {None: NgramGuard(30, 90, TABLE_CELLS)},
+    "deepseek-ocr-2": {None: NgramGuard(20, 90, TABLE_CELLS)},
     "unlimited-ocr": {None: NgramGuard(35, 128), "pages": NgramGuard(35, 1024)},
 }
 
 
 def task_prompt(family: str, task: str) -> Prompt:
     """The prompt that a family was trained on for a task.  Raises InputError naming the tasks it has."""
-    tasks = TASKS.get(family)
-    if tasks is None:
-        raise InputError(f"there is no model family {family!r}; there are {', '.join(TASKS)}")
+    tasks = _tasks(family)
     if task not in tasks:
         raise InputError(f"{family} has no prompt for {task!r}; it has {', '.join(tasks)}")
     return tasks[task]
+
+
+def _tasks(family: str) -> dict[str, Prompt]:
+    if family not in TASKS:
+        raise InputError(f"there are no prompts for a model family {family!r}; there are for {', '.join(TASKS)}")
+    return TASKS[family]
 
 
 def locate_prompt(text: str) -> Prompt:
@@ -72,15 +78,29 @@ def locate_prompt(text: str) -> Prompt:
     return (IMAGE_MARK, "\nLocate ", Mark(REF), text, Mark(REF_END), " in the image.")
 
 
-def text_prompt(text: str, *, num_images: int = 1) -> Prompt:
-    """A user's own words behind the pictures: ``<image>`` or any other tag in them is text and nothing else."""
-    return (*[IMAGE_MARK] * num_images, "\n" + text.strip())
+def text_prompt(text: str, *, num_images: int = 1, family: str = "deepseek-ocr") -> Prompt:
+    """A user's own words behind the pictures: ``<image>`` or any other tag in them is text and nothing else.
+
+    family   its own prompts say what stands between the pictures and the words: a line end, or nothing
+    """
+    between = "" if _tasks(family) is _UNLIMITED else "\n"
+    return (*[IMAGE_MARK] * num_images, between + text.strip())
 
 
-def default_guard(family: str, task: str | None = None) -> NgramGuard | None:
-    """The repetition guard that the public scripts of a family decode with; None for a family that has none."""
+def default_guard(family: str, task: str | None = None, *, tokenizer: Tokenizer | None = None) -> NgramGuard | None:
+    """The repetition guard that the public scripts of a family decode with; None for a family that has none.
+
+    tokenizer   says which ids the cells of a table have, if it has any; without it they are the public tokenizers'
+    """
     guards = _GUARDS.get(family, {})
-    return guards.get(task, guards.get(None))
+    guard = guards.get(task, guards.get(None))
+    if guard is None or tokenizer is None or not guard.whitelist:
+        return guard
+    cells: set[int] = set()
+    for tag in _CELL_TAGS:
+        with suppress(CheckpointError):  # to a tokenizer without the tag its letters are text as any other
+            cells.add(tokenizer.special(tag))
+    return replace(guard, whitelist=frozenset(cells))
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, image_lengths: Sequence[int], *, bos_id: int, image_id: int) -> list[int]:
@@ -93,16 +113,17 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, image_lengths: Sequence[int
         raise InputError(f"the prompt has {num_marks} image marks for {len(image_lengths)} images")
     if any(length < 1 for length in image_lengths):
         raise InputError("an image has at least one vision token")
-    if sum(image_lengths) > MAX_TOKENS:
-        raise InputError(f"the images have {sum(image_lengths):,} vision tokens, a prompt at most {MAX_TOKENS:,}")
     lengths = iter(image_lengths)
-    ids = [bos_id]
+    spans = [([bos_id], 1)]  # ids, and how often they stand there
     for part in _joined(prompt):
         if part == IMAGE_MARK:
-            ids += [image_id] * next(lengths)
+            spans.append(([image_id], next(lengths)))
         else:
-            ids += [tokenizer.special(part.name)] if isinstance(part, Mark) else tokenizer.encode(part)
-    return ids
+            spans.append(([tokenizer.special(part.name)] if isinstance(part, Mark) else tokenizer.encode(part), 1))
+    total = sum(len(ids) * times for ids, times in spans)
+    if total > MAX_TOKENS:
+        raise InputError(f"the prompt has {total:,} tokens, {sum(image_lengths):,} of them vision tokens; at most {MAX_TOKENS:,}")
+    return [token for ids, times in spans for token in ids * times]
 
 
 def _joined(prompt: Prompt) -> list[str | Mark]:

@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import tokenizers
 
 from optmem.errors import CheckpointError, InputError
 from optmem.files import checkpoint_folder, parse_json, read_inside
+from optmem.text.characters import CHARACTERS, CharacterTokenizer
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKENIZER = 64 << 20  # bytes; DeepSeek's is 8 MB
@@ -101,17 +103,36 @@ class BytePairTokenizer:
             raise CheckpointError(f"{TOKENIZER} has no special tokens; a model that reads pages needs {IMAGE!r}")
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint has a tokenizer of any kind, broken or not.  A model can do without; one that is broken is an error."""
+    return _file_name(checkpoint_folder(folder)) is not None
+
+
+def tokenizer_name(folder: str | os.PathLike[str]) -> str:
+    """The name of the file that the tokenizer of a checkpoint comes from.  Raises CheckpointError where there is none."""
+    name = _file_name(checkpoint_folder(folder))
+    if name is None:
+        raise CheckpointError(f"the folder has no tokenizer: none of {', '.join(_READERS)}")
+    return name
+
+
+def tokenizer_file(folder: str | os.PathLike[str]) -> bytes:
+    """The bytes of that file, to be saved beside the model again."""
+    return read_inside(checkpoint_folder(folder), tokenizer_name(folder), limit=MAX_TOKENIZER)
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint, chosen by the files that are there.  Raises CheckpointError where none can be used."""
-    path = checkpoint_folder(folder)
-    for name, reader in _READERS.items():
-        if (path / name).exists():
-            return reader(read_inside(path, name, limit=MAX_TOKENIZER))
-    raise CheckpointError(f"the folder has no tokenizer: none of {', '.join(_READERS)}")
+    return _READERS[tokenizer_name(folder)](tokenizer_file(folder))
+
+
+def _file_name(folder: Path) -> str | None:
+    """A link that leads nowhere counts: whoever made it meant the model to have a tokenizer."""
+    return next((name for name in _READERS if os.path.lexists(folder / name)), None)
 
 
 # One row for every kind of vocabulary; the first whose file is there serves.
-_READERS: dict[str, Callable[[bytes], Tokenizer]] = {TOKENIZER: BytePairTokenizer}
+_READERS: dict[str, Callable[[bytes], Tokenizer]] = {TOKENIZER: BytePairTokenizer, CHARACTERS: CharacterTokenizer}
 
 
 def _encodable(text: str) -> str:
