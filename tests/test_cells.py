@@ -125,7 +125,7 @@ def test_no_two_signs_look_the_same(cell):
     codes = [*range(0x20, 0x7F), *range(0xA0, 0x250), *range(0x2010, 0x2060), *range(0x20A0, 0x2300), *range(0x2500, 0x2800)]
     glyphs = [glyph for glyph in atlas.lookup(np.array(codes)).tolist() if glyph >= 0]
     marks = [
-        atlas.mark(mark) for mark in (symbols.LINE_END, symbols.TEXT_END, symbols.TAB, symbols.FILL, *map(symbols.inverse, "!Az~"))
+        atlas.mark(mark) for mark in (symbols.LINE_END, symbols.TEXT_END, symbols.TAB, symbols.FILL, *map(symbols.inverse, " !Az~"))
     ]
     table = atlas.store.table()
     looks = {table.ink[o : o + h * w].tobytes() for o, h, w in table.glyphs[glyphs + marks].tolist()}

@@ -157,13 +157,16 @@ def test_training_reads_what_inference_reads():
 
 @pytest.fixture(scope="module")
 def read():
-    """A model that says something, and a page's prefix."""
+    """A model that says something, and a page's prefix; on one thread, since a busy machine makes two slow for so little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model = tiny_model(seed=3)
     with torch.no_grad():
         model.decoder.lm_head.weight.mul_(20)
         model.decoder.model.embed_tokens.weight.mul_(20)
     prefix = embed_prefix(model.encoder, model.decoder, model.encoder(pages(1))[0], find_mode("square 128"), TOKENIZER)
-    return model.decoder, prefix
+    yield model.decoder, prefix
+    torch.set_num_threads(threads)
 
 
 def test_rows_read_in_parallel_are_the_rows_read_alone(read):

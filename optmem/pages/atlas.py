@@ -186,7 +186,10 @@ class CellFont:
             return _block(self.height, self.width)
         if symbol in _PICTURES:
             return _centred(_PICTURES[symbol], self.height, self.width)
-        return np.uint8(255) - self.owners[ord(symbols.plain(symbol))]
+        ink: Ink = np.uint8(255) - self.owners[ord(symbols.plain(symbol))]
+        if symbol == symbols.inverse(" "):
+            ink[[0, -1]] = 0  # a solid cell is the full block, a character of its own
+        return ink
 
 
 class CellAtlas:

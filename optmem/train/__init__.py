@@ -1,0 +1,1 @@
+"""Labelled pages that we draw, the trainer, and what it needs.  Nothing here is imported by inference."""

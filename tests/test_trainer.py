@@ -1,0 +1,261 @@
+"""The trainer: labels that say what is drawn, losses that fall, and runs that resume as if they had never stopped."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from optmem.errors import CheckpointError, InputError
+from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOneConfig
+from optmem.model.config_json import public_config
+from optmem.model.model import Model
+from optmem.testing import assert_equal
+from optmem.text.characters import CHARACTERS, END, EOL, CharacterTokenizer, characters_json
+from optmem.train.alignment import Parts, expert_of, graft
+from optmem.train.curves import draw_curves
+from optmem.train.feed import SynthFeed, chance_corpus
+from optmem.train.gate import likeness, read_pages
+from optmem.train.labels import NOTHING, NOWHERE, label, sheets
+from optmem.train.losses import Weights, score
+from optmem.train.muon import Optimizer, Rates, apart, orthogonal, takes_muon
+from optmem.train.recipe import Recipe, Stage, parse_recipe, read_recipe
+from optmem.train.synth import Form
+from optmem.train.trainer import Run, Trainer, read_log
+
+TOKENIZER = CharacterTokenizer(characters_json())
+FEED = SynthFeed(chance_corpus(count=200))
+MIX = {"words": 0.5, "characters": 0.5}
+SMALL = Form(128, "8x16")
+
+
+def tiny_nano():
+    return replace(
+        public_config("nano"),
+        stage_one=StageOneConfig(
+            width=32, layers=1, heads=2, mlp_width=64, global_layers=(), window=8, neck_width=16, channels=(16, 32),
+            crops_table=True,
+        ),
+        clip=ClipConfig(width=32, layers=1, heads=2, mlp_width=64, crops_table=True),
+        decoder=DecoderConfig(
+            vocab_size=704, hidden=32, layers=4, heads=2, dense_width=32, experts=64, expert_width=8, shared_experts=4, top_k=1
+        ),
+        glance=GlanceConfig(code=8, width=16),
+    )  # fmt: skip
+
+
+def drawn(form=SMALL, count=3, seed=5, **changes):
+    batch = FEED.batch(form, count, seed, MIX)
+    return batch, label(batch, TOKENIZER, tiny_nano().glance.cells, np.random.default_rng(seed), num_spots=64, **changes)
+
+
+# --- labels -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [SMALL, Form(128, "8x8"), Form(256, "8x16", view=128)])
+def test_a_spot_is_the_middle_of_its_cell(form):
+    batch, labels = drawn(form)
+    height, width = form.cell_size
+    for page, grid in enumerate(sheets(batch, TOKENIZER)):
+        for (y, x), symbol in zip(labels.spots[page].tolist(), labels.symbols[page].tolist(), strict=True):
+            scale = form.size // form.side
+            assert grid.ids[y * scale // height, x * scale // width] == symbol
+    assert labels.cells.tolist() == [NOTHING if form.view else tiny_nano().glance.cells.index(form.cell_size)] * 3
+
+
+def test_rows_say_what_the_page_says():
+    batch, labels = drawn(num_stretches=40)
+    eol, end, rows = TOKENIZER.special(EOL), TOKENIZER.special(END), TOKENIZER.rows
+    for grid, page, ids, targets in zip(sheets(batch, TOKENIZER), batch.pages(), labels.ids, labels.targets, strict=True):
+        lines = [line for line, _ in page.lines()]
+        for given, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
+            said = [target for target in wanted if target != NOTHING]
+            row = rows.index(given[0])
+            if row >= grid.used:
+                assert said == [end]
+                continue
+            assert TOKENIZER.symbols(said) == lines[row]
+            following = rows[row + 1] if row + 1 < grid.used else end
+            assert said[-2:] == [eol, following]
+            assert given[1 : len(said)] == said[:-1]
+
+
+def test_places_are_where_the_next_symbol_stands():
+    batch, labels = drawn(num_stretches=10)
+    for grid, targets, places in zip(sheets(batch, TOKENIZER), labels.targets, labels.places, strict=True):
+        for target, (y, x) in zip(targets.flatten().tolist(), places.flatten(0, 1).tolist(), strict=True):
+            if y != NOWHERE:
+                assert grid.ids[y // 16, x // 8] == target
+    assert (labels.positions[:, :, 0] == 1 + 2 * 3 + 1).all()
+
+
+def test_stretches_of_a_document_stand_at_their_offsets():
+    batch, labels = drawn(num_stretches=8, rows_each=2)
+    for grid, ids, positions in zip(sheets(batch, TOKENIZER), labels.ids, labels.positions, strict=True):
+        for given, places in zip(ids.tolist(), positions.tolist(), strict=True):
+            row = TOKENIZER.rows.index(given[0])
+            assert places[0] == 8 + sum(int(length) + 2 for length in grid.lengths[:row])
+
+
+# --- losses and steps ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_loss_reaches_the_weights_it_is_for():
+    parts = Parts(tiny_nano())
+    _, labels = drawn(num_stretches=4)
+    found = score(parts, labels, Weights(), bos=0)
+    assert {"glance", "patches", "cells", "text", "deep 1", "look 2", "route 1", "x 0", "y 2"} <= found.losses.keys()
+    found.total.backward()
+    untouched = {name for name, value in parts.named_parameters() if value.grad is None}
+    assert all("rel_pos" in name or "patch_embedding" in name for name in untouched), untouched
+    assert parts.encoder.sam_model.neck[2].weight.grad[:, :, 0, 1].abs().max() == 0
+
+
+def test_a_frozen_encoder_gets_no_gradient():
+    parts = Parts(tiny_nano())
+    _, labels = drawn(num_stretches=4)
+    score(parts, labels, Weights(), bos=0, is_encoder_frozen=True).total.backward()
+    assert all(value.grad is None for value in parts.encoder.sam_model.parameters())
+    assert parts.encoder.image_newline.grad is not None
+
+
+def test_orthogonal_brings_singular_values_near_one():
+    matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    for turned in (matrices, matrices.transpose(1, 2)):
+        values = torch.linalg.svdvals(orthogonal(turned).float())
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+
+
+def test_matrices_are_told_from_tables():
+    parts = dict(Parts(tiny_nano()).named_parameters())
+    muon = {name for name, value in parts.items() if takes_muon(name, value)}
+    assert "decoder.model.layers.1.mlp.experts.down" in muon
+    assert "encoder.sam_model.net_3.weight" in muon
+    assert muon.isdisjoint({"decoder.lm_head.weight", "decoder.model.layers.1.mlp.gate.weight", "glance.places.weight"})
+    for name in muon:
+        assert apart(name, parts[name]).numel() == parts[name].numel()
+
+
+def test_steps_into_the_residual_can_be_smaller():
+    parts = Parts(tiny_nano())
+    name = "decoder.model.layers.2.self_attn.o_proj.weight"
+    moved = []
+    for residual in (1.0, 0.25):
+        weight = torch.nn.Parameter(dict(parts.named_parameters())[name].detach().clone())
+        before = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        Optimizer({name: weight}, decay=0.0).step(Rates(0.1, 0.1, residual))
+        moved.append((weight.detach() - before).norm())
+    assert moved[1] / moved[0] == pytest.approx(0.25, rel=0.01)
+
+
+def test_a_graft_reads_at_the_middle_of_the_expert():
+    parts = Parts(tiny_nano())
+    graft(parts.decoder, parts.glance)
+    place = torch.tensor([20, 44])  # y, x: cell row 2, column 5 of 8 x 8
+    expert = int(expert_of(place))
+    assert expert == 2 * 8 + 5
+    up = parts.decoder.model.layers[1].mlp.experts.gate_up[expert, 8:]
+    slot = (20 // 8) * 16 + 44 // 4
+    assert_equal(up.detach(), parts.glance.places.weight.view(128, 8, 32)[slot].detach())
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_recipe(*stages):
+    return Recipe(stages=stages, autocast=False, log_seconds=0.0)
+
+
+def encoder_stage(**changes):
+    rates = Rates(muon=0.02, adam=5e-3)
+    usual = Stage("encoder", steps=20, trains="encoder", pages=(SMALL,), batch=8, mix=MIX, rates=rates)
+    return replace(usual, **changes)
+
+
+def test_losses_fall(tmp_path):
+    Trainer(Parts(tiny_nano()), tiny_recipe(encoder_stage(stretches=2, trains="all")), FEED, Run(tmp_path)).train()
+    lines = list(read_log(tmp_path / "log.jsonl"))
+    assert len(lines) == 20
+    for name in ("loss", "glance loss", "patches loss", "text loss", "look 1 loss"):
+        assert lines[-1][name] < lines[0][name] * 0.95, name
+    assert "<polyline" in (tmp_path / "curves.svg").read_text()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    first = replace(encoder_stage(), steps=3, batch=2)
+    second = replace(first, name="reading", steps=4, trains="all", stretches=3, document=0.5, begins="graft")
+    recipe = tiny_recipe(first, second)
+    whole = Trainer(Parts(tiny_nano()), recipe, FEED, Run(tmp_path / "whole"))
+    whole.train()
+    for until in (2, 1, 3, None):
+        part = Trainer(Parts(tiny_nano(), seed=0 if until == 2 else 9), recipe, FEED, Run(tmp_path / "part"))
+        part.train(until=until)
+    assert (part.place.stage, part.place.pages) == (whole.place.stage, whole.place.pages)
+    for name, value in whole.parts.weights().items():
+        assert_equal(part.parts.weights()[name], value)
+    with pytest.raises(CheckpointError):
+        Trainer(Parts(replace(tiny_nano(), glance=GlanceConfig(code=4, width=16))), recipe, FEED, Run(tmp_path / "part"))
+
+
+def test_every_stage_leaves_a_model_that_loads(tmp_path):
+    trainer = Trainer(Parts(tiny_nano()), tiny_recipe(replace(encoder_stage(), steps=1)), FEED, Run(tmp_path))
+    trainer.train()
+    loaded = Model.load(tmp_path / "model-encoder")
+    assert (tmp_path / "model-encoder" / CHARACTERS).exists()
+    pixels = torch.from_numpy(FEED.batch(SMALL, 1, 0, MIX).images[..., None])
+    assert_equal(loaded.encoder(pixels), trainer.export().encoder(pixels))
+
+
+def test_no_curves_without_a_log(tmp_path):
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.svg")
+    assert not (tmp_path / "curves.svg").exists()
+
+
+def test_the_gate_reads_pages():
+    trainer_parts = Parts(tiny_nano())
+    model = Model(tiny_nano(), trainer_parts.weights(), TOKENIZER)
+    [found] = read_pages(model, FEED.batch(SMALL, 1, 0, MIX), max_symbols=4)
+    assert 0 <= found.greedy < 0.5
+    assert found.cell in tiny_nano().glance.cells
+
+
+@pytest.mark.parametrize(("a", "b", "wanted"), [("", "", 1), ("", "a", 0), ("kitten", "sitting", 1 - 3 / 7), ("abc", "abc", 1)])
+def test_likeness_is_one_less_the_edit_distance(a, b, wanted):
+    assert likeness(a, b) == pytest.approx(wanted)
+    assert likeness(b, a) == pytest.approx(wanted)
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_recipe_can_be_read(request):
+    recipe = read_recipe(request.config.rootpath / "recipes" / "nano.toml")
+    assert recipe.stages[0].name == "encoder"
+    assert sum(stage.minutes for stage in recipe.scaled(25).stages) == pytest.approx(25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": []}, "at least one"),
+        ({"speed": 3}, "has no 'speed'"),
+        ({"stages": [{"name": "a"}]}, "needs minutes or steps"),
+        ({"stages": [{"name": "a", "steps": 1, "losses": {"joy": 1}}]}, "has no 'joy'"),
+        ({"stages": [{"name": "a", "steps": 1, "trains": "nothing"}]}, "trains must be"),
+        ({"stages": [{"name": "a", "steps": 1, "rates": {"muon": 0.1}}]}, "rates"),
+        ({"stages": [{"steps": 1}]}, "name"),
+    ],
+)
+def test_bad_recipes_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        parse_recipe({"stages": [{"name": "a", "steps": 1}], **changes})
+
+
+def test_rates_warm_up_and_cool_down():
+    stage = encoder_stage(warmup=4, cooldown=0.5)
+    assert stage.pace(0, 0.0) == pytest.approx(0.2)
+    assert stage.pace(9, 0.4) == 1.0
+    assert stage.pace(90, 0.75) == pytest.approx(0.5)
+    assert stage.pace(99, 1.0) == pytest.approx(0.02)
