@@ -158,7 +158,9 @@ def test_a_graft_reads_at_the_middle_of_the_expert():
     assert expert == 2 * 8 + 5
     up = parts.decoder.model.layers[1].mlp.experts.gate_up[expert, 8:]
     slot = (20 // 8) * 16 + 44 // 4
-    assert_equal(up.detach(), parts.glance.places.weight.view(128, 8, 32)[slot].detach())
+    read = parts.glance.places.weight.view(128, 8, 32)[slot].detach()
+    torch.testing.assert_close(up.detach(), read - read.mean(1, keepdim=True))  # a new norm has scale 1
+    assert_equal(parts.decoder.model.layers[2].self_attn.v_proj.weight.detach(), torch.eye(32))
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------------

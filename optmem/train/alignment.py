@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optmem.model.config import ModelConfig
-from optmem.model.decoder import Attention, Decoder, MixtureOfExperts
+from optmem.model.decoder import Decoder, Layer, MixtureOfExperts
 from optmem.model.encoder import Encoder
 from optmem.model.glance import Glance, ReadOut
 from optmem.model.layout import PLACE_WIDTH
@@ -25,6 +25,7 @@ X_STEP, Y_STEP = 4, 8  # pixels
 MAX_SIDE = 1024  # pixels
 EXPERT_SIDE = 8  # pixels: an expert is a square of these inside a vision token
 EXPERTS_ACROSS = 64 // EXPERT_SIDE
+QUIET = 0.1  # what a graft leaves of the layer before the reading ones
 
 
 class Helpers(nn.Module):
@@ -100,12 +101,6 @@ def begin_decoder(decoder: Decoder) -> None:
             parameter.mul_(0.1)
         elif name.endswith(("down_proj.weight", "experts.down")):
             parameter.mul_(0.3)
-    for number in READING:
-        if number < len(decoder.model.layers):
-            attention = decoder.model.layers[number].self_attn
-            assert isinstance(attention, Attention)
-            for part in (attention.v_proj, attention.o_proj):
-                nn.init.eye_(part.weight)
 
 
 def expert_of(pixels: Tensor) -> Tensor:
@@ -116,21 +111,29 @@ def expert_of(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def graft(decoder: Decoder, glance: Glance) -> None:
-    """Plants the glance into the experts of the reading layers.
+    """Plants the glance into the reading layers of a decoder that knows where to look.
 
-    An expert's up rows become what the glance reads at its place, its gate rows the router's row for it, so that a chosen expert is
-    open, and all experts write alike.
+    Their heads begin by copying what they look at (values and outputs are the identity), the layer before them by saying little, so
+    that the copy is most of the residual.  An expert's up rows become what the glance reads at its place, its gate rows the
+    router's row for it, so that a chosen expert is open, and all experts write alike.
     """
     code = glance.code
-    places = (glance.places.weight * glance.norm.weight).view(-1, code, glance.places.in_features)  # the norm's scale folded in
+    rows = glance.places.weight * glance.norm.weight  # the norm's scale folded in,
+    places = (rows - rows.mean(1, keepdim=True)).view(-1, code, glance.places.in_features)  # and that it takes the mean away
+    for name, parameter in decoder.model.layers[0].named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_(QUIET)
     for number in READING:
-        mlp = decoder.model.layers[number].mlp
-        assert isinstance(mlp, MixtureOfExperts), "reading layers have experts"
-        experts, width = mlp.experts, mlp.experts.down.shape[2]
+        layer = decoder.model.layers[number]
+        assert isinstance(layer, Layer)
+        assert isinstance(layer.mlp, MixtureOfExperts), "reading layers have experts"
+        for part in (layer.self_attn.v_proj, layer.self_attn.o_proj):
+            nn.init.eye_(part.weight)
+        experts, width = layer.mlp.experts, layer.mlp.experts.down.shape[2]
         for expert in range(experts.down.shape[0]):
             y, x = divmod(expert, EXPERTS_ACROSS)
             place = y * (64 // PLACE_WIDTH) + (x * EXPERT_SIDE + EXPERT_SIDE // 2) // PLACE_WIDTH  # of a cell's middle
             gate, up = experts.gate_up[expert].chunk(2)
             up[: min(code, width)] = places[place, : min(code, width)]
-            gate.copy_(0.25 * mlp.gate.weight[expert])
+            gate.copy_(0.25 * layer.mlp.gate.weight[expert])
         experts.down.copy_(experts.down[:1].expand_as(experts.down).clone())
