@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python 3.11+, gcc and make: `make demo` and `make test`.
+# Two commands do everything on a fresh machine with Python 3.11+, g++ and make: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
