@@ -20,7 +20,7 @@ from optmem.errors import OptmemError, OutputError
 from optmem.inputs import read_input
 from optmem.pages import Page, draw_pages, lay_out, read_source
 from optmem.pixels import MODES, PIXELS_PER_TOKEN, Mode
-from optmem.train import synth_command
+from optmem.train import synth_command, train_command
 
 T = TypeVar("T")
 PAGES_AT_ONCE = 64
@@ -182,6 +182,7 @@ def demo(files: tuple[str, ...], output: Path, as_json: bool) -> None:
 
 
 synth_command.register(cli)
+train_command.register(cli)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,18 +1,21 @@
 """The trainer: labels that say what is drawn, losses that fall, and runs that resume as if they had never stopped."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from optmem.cli import main
 from optmem.errors import CheckpointError, InputError
 from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOneConfig
 from optmem.model.config_json import public_config
 from optmem.model.model import Model
 from optmem.testing import assert_equal
 from optmem.text.characters import CHARACTERS, END, EOL, CharacterTokenizer, characters_json
-from optmem.train.alignment import Parts, expert_of, graft
+from optmem.train.alignment import TAUGHT, Parts, expert_of, graft
 from optmem.train.curves import draw_curves
 from optmem.train.feed import SynthFeed, chance_corpus
 from optmem.train.gate import likeness, read_pages
@@ -160,7 +163,11 @@ def test_a_graft_reads_at_the_middle_of_the_expert():
     slot = (20 // 8) * 16 + 44 // 4
     read = parts.glance.places.weight.view(128, 8, 32)[slot].detach()
     torch.testing.assert_close(up.detach(), read - read.mean(1, keepdim=True))  # a new norm has scale 1
-    assert_equal(parts.decoder.model.layers[2].self_attn.v_proj.weight.detach(), torch.eye(32))
+    attention = parts.decoder.model.layers[2].self_attn
+    assert_equal(attention.v_proj.weight.detach(), torch.eye(32))
+    heads = attention.q_proj.weight.detach().view(attention.config.heads, -1, 32)
+    for head in range(TAUGHT, len(heads)):
+        assert_equal(heads[head], heads[head % TAUGHT])
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +206,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert_equal(part.parts.weights()[name], value)
     with pytest.raises(CheckpointError):
         Trainer(Parts(replace(tiny_nano(), glance=GlanceConfig(code=4, width=16))), recipe, FEED, Run(tmp_path / "part"))
+
+
+def test_the_command_trains_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a folder beside us, not from the root
+    for side in ("train", "held-out"):
+        (tmp_path / "corpus" / side).mkdir(parents=True)
+        for name in ("prose", "code", "words"):
+            (tmp_path / "corpus" / side / f"{name}.txt").write_text("some words of a page\n" * 50)
+    (tmp_path / "corpus" / "corpus.json").write_text("{}")
+    stage = '[[stages]]\nname = "{}"\nsteps = 2\ntrains = "encoder"\nbatch = 2\npages = [{{ size = 128, cell = "8x16" }}]\n'
+    Path("short.toml").write_text(stage.format("first"))
+    main(["train", "short.toml", "run", "--corpus", "corpus", "--threads", "1"])
+    Path("short.toml").write_text(stage.format("first") + stage.format("second"))
+    main(["train", "short.toml", "run", "--corpus", "corpus", "--threads", "1"])
+    assert "model-second" in capsys.readouterr().out
+    assert [line["stage"] for line in read_log(Path("run/log.jsonl"))] == ["first", "second"]
+    assert json.loads(Path("run/state/state.json").read_text())["pages"] == 8
+
+
+def test_a_training_can_be_stopped_and_goes_on(tmp_path):
+    recipe = tiny_recipe(encoder_stage(steps=4, batch=2))
+    trainer = Trainer(Parts(tiny_nano()), recipe, FEED, Run(tmp_path), watch=lambda trainer, *_: trainer.stop())
+    trainer.train()
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["step"] == 1
+    again = Trainer(Parts(tiny_nano()), recipe, FEED, Run(tmp_path))
+    again.train()
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
 
 
 def test_every_stage_leaves_a_model_that_loads(tmp_path):

@@ -26,6 +26,7 @@ MAX_SIDE = 1024  # pixels
 EXPERT_SIDE = 8  # pixels: an expert is a square of these inside a vision token
 EXPERTS_ACROSS = 64 // EXPERT_SIDE
 QUIET = 0.1  # what a graft leaves of the layer before the reading ones
+TAUGHT = 2  # heads that an alignment teaches where to look; a graft makes the others look like them
 
 
 class Helpers(nn.Module):
@@ -113,9 +114,9 @@ def expert_of(pixels: Tensor) -> Tensor:
 def graft(decoder: Decoder, glance: Glance) -> None:
     """Plants the glance into the reading layers of a decoder that knows where to look.
 
-    Their heads begin by copying what they look at (values and outputs are the identity), the layer before them by saying little, so
-    that the copy is most of the residual.  An expert's up rows become what the glance reads at its place, its gate rows the
-    router's row for it, so that a chosen expert is open, and all experts write alike.
+    Their heads look where the taught ones do and begin by copying what they see (values and outputs are the identity), the layer
+    before them by saying little, so that the copy is most of the residual.  An expert's up rows become what the glance reads at
+    its place, its gate rows the router's row for it, so that a chosen expert is open, and all experts write alike.
     """
     code = glance.code
     rows = glance.places.weight * glance.norm.weight  # the norm's scale folded in,
@@ -129,6 +130,10 @@ def graft(decoder: Decoder, glance: Glance) -> None:
         assert isinstance(layer.mlp, MixtureOfExperts), "reading layers have experts"
         for part in (layer.self_attn.v_proj, layer.self_attn.o_proj):
             nn.init.eye_(part.weight)
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            heads = part.weight.view(layer.self_attn.config.heads, -1, part.weight.shape[1])
+            for head in range(TAUGHT, len(heads)):
+                heads[head] = heads[head % TAUGHT]
         experts, width = layer.mlp.experts, layer.mlp.experts.down.shape[2]
         for expert in range(experts.down.shape[0]):
             y, x = divmod(expert, EXPERTS_ACROSS)

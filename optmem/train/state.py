@@ -47,7 +47,7 @@ def save_state(folder: Path, place: Place, tensors: Mapping[str, Tensor]) -> Non
 
 def load_place(folder: Path) -> Place:
     """How far the training in this folder is."""
-    fields = read_json(folder, PLACE, limit=MAX_PLACE)
+    fields = read_json(folder.resolve(), PLACE, limit=MAX_PLACE)
     try:
         return Place(**fields)  # type: ignore[arg-type]  # checked by the next line
     except TypeError as error:

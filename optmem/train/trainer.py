@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +62,13 @@ class Trainer:
         *,
         device: str = "cpu",
         tokenizer: CharacterTokenizer | None = None,
+        watch: Callable[[Trainer, Stage, Score], None] = lambda *_: None,
     ) -> None:
+        """
+        watch   told after every step
+        """
+        self.watch = watch
+        self.is_stopping = False
         self.parts, self.recipe, self.feed, self.run = parts.to(device), recipe, feed, run
         self.device = torch.device(device)
         self.tokenizer = tokenizer or CharacterTokenizer(characters_json())
@@ -81,6 +87,10 @@ class Trainer:
             self._next_stage(stage)
         self._save()
         draw_curves(self.run.log, self.run.folder / "curves.svg")
+
+    def stop(self) -> None:
+        """Ends the training after the step it is at, its state saved; for a signal or another thread."""
+        self.is_stopping = True
 
     # --- stages ---------------------------------------------------------------------------------------------------------------
 
@@ -107,13 +117,13 @@ class Trainer:
         logged = saved = time.monotonic()
         with ThreadPoolExecutor(1) as drawing:
             waiting = drawing.submit(self._labels, stage, self.place.step)
-            while (progress := _progress(stage, self.place)) < 1:
-                if self.place.step == until:
+            while (share := progress(stage, self.place)) < 1:
+                if self.is_stopping or self.place.step == until:
                     return False
                 start = time.monotonic()
                 labels = waiting.result().to(self.device)
                 waiting = drawing.submit(self._labels, stage, self.place.step + 1)
-                found = self.step(stage, labels, progress)
+                found = self.step(stage, labels, share)
                 now = time.monotonic()
                 self.place = replace(
                     self.place,
@@ -122,7 +132,8 @@ class Trainer:
                     pages=self.place.pages + stage.batch,
                     taken=self.optimizer.taken,
                 )
-                if now - logged >= self.recipe.log_seconds or _progress(stage, self.place) >= 1:
+                self.watch(self, stage, found)
+                if now - logged >= self.recipe.log_seconds or progress(stage, self.place) >= 1:
                     self._log(stage, found)
                     logged = now
                 if now - saved >= 60 * self.recipe.save_minutes:
@@ -151,8 +162,8 @@ class Trainer:
             rows_each=stage.document_rows if is_document else 1,
         )
 
-    def step(self, stage: Stage, labels: Labels, progress: float = 0.0) -> Score:
-        """One step: losses, gradients clipped, parameters moved."""
+    def step(self, stage: Stage, labels: Labels, share: float = 0.0) -> Score:
+        """One step: losses, gradients clipped, parameters moved.  `share` of the stage is over."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             found = score(
                 self.parts, labels, stage.losses, self.tokenizer.special(BOS), is_encoder_frozen=stage.trains == "decoder"
@@ -160,7 +171,7 @@ class Trainer:
         found.total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters.values(), self.recipe.clip)
         found.right["gradient"] = norm
-        pace = stage.pace(self.place.step, progress)
+        pace = stage.pace(self.place.step, share)
         if torch.isfinite(norm):
             self.optimizer.step(Rates(stage.rates.muon * pace, stage.rates.adam * pace, stage.rates.residual))
         self.parts.zero_grad(set_to_none=True)
@@ -206,7 +217,7 @@ def _is_fixed(name: str) -> bool:
     return "rel_pos" in name or "patch_embedding" in name
 
 
-def _progress(stage: Stage, place: Place) -> float:
+def progress(stage: Stage, place: Place) -> float:
     """The share of a stage that is over."""
     by_time = place.seconds / (60 * stage.minutes) if stage.minutes else 0.0
     return max(by_time, place.step / stage.steps if stage.steps else 0.0)

@@ -1,0 +1,91 @@
+"""`optmem train`: a recipe from where its run stands, to its end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+from optmem.errors import InputError
+from optmem.model.config_json import public_config
+from optmem.train.alignment import Parts
+from optmem.train.corpus import open_corpus
+from optmem.train.feed import SynthFeed
+from optmem.train.losses import Score
+from optmem.train.recipe import Recipe, Stage, read_recipe
+from optmem.train.synth_command import CORPUS
+from optmem.train.trainer import Run, Trainer, progress
+
+SHOWN = ("glance", "text", "look 1", "look 2")  # of a step's scores, those that say most
+TICKS = 1000  # of the bar, for a whole stage
+
+
+def register(cli: click.Group) -> None:
+    """Adds the command."""
+    cli.add_command(train)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--minutes", type=float, help="All stages together; each keeps its share.  [default: the recipe's]")
+@click.option("--device", default="cpu", show_default=True, help="Where to train: cpu or cuda.")
+@click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Of torch on CPU; 0 is every core.")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path, file_okay=False), default=CORPUS, show_default=True, help="Text; made when missing."
+)
+def train(recipe: Path, folder: Path, minutes: float | None, device: str, threads: int, corpus: Path) -> None:
+    """Train a reader by RECIPE in FOLDER, or go on with the training that is there.
+
+    FOLDER gets log.jsonl, curves.svg, the state to go on from, and after each stage model-<stage>, a checkpoint to load.
+    """
+    plan = read_recipe(recipe)
+    if minutes is not None:
+        plan = plan.scaled(minutes)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    if threads:
+        torch.set_num_threads(threads)
+    text = corpus.expanduser()
+    if not (text / "corpus.json").is_file():
+        click.echo(f"collecting text in {text}: a minute or two, once", err=True)
+    with Bar(plan) as bar:
+        parts, feed = Parts(public_config("nano"), plan.seed), SynthFeed(open_corpus(text))
+        trainer = Trainer(parts, plan, feed, Run(folder), device=device, watch=bar.show)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: trainer.stop())
+        trainer.train()
+    if trainer.is_stopping:
+        click.echo(f"stopped at step {trainer.place.step} of a stage; the same command goes on")
+        return
+    click.echo(f"trained: the checkpoint is {Run(folder).model(plan.stages[-1])}, the curves are {folder / 'curves.svg'}")
+
+
+class Bar:
+    """The stages as a bar on stderr, when a person watches."""
+
+    def __init__(self, plan: Recipe) -> None:
+        self.plan = plan
+        is_hidden = not sys.stderr.isatty()
+        shape = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
+        self.bar = tqdm(total=TICKS * len(plan.stages), file=sys.stderr, disable=is_hidden, bar_format=shape)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def show(self, trainer: Trainer, stage: Stage, found: Score) -> None:
+        """One step more."""
+        if self.bar.disable:
+            return
+        done = self.plan.stages.index(stage) + min(1.0, progress(stage, trainer.place))
+        self.bar.set_description(stage.name, refresh=False)
+        scores = {name: f"{float(found.right[name]):.3f}" for name in SHOWN if name in found.right}
+        self.bar.set_postfix({"step": str(trainer.place.step)} | scores, refresh=False)
+        self.bar.update(int(TICKS * done) - self.bar.n)
