@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from optmem.pages.alphabet import alphabet_atlas
 from optmem.testing import read_pixels
-from optmem.train.alphabet import alphabet_atlas
 from optmem.train.corpus import make_corpus
 from optmem.train.degrade import EVERYTHING
 from optmem.train.kinds import Mix

@@ -9,6 +9,7 @@ from optmem.errors import InputError
 
 Style = Literal["dense", "packed", "document"]
 Cell = Literal["8x16", "8x8", "6x12", "5x8"]  # width x height in pixels
+Alphabet = Literal["nano", "any"]  # what nano can say, or whatever a font here has; the rest is drawn as its escape
 Kind = Literal["text", "markdown", "code", "chat"]
 
 MIN_SIDE, MAX_SIDE = 64, 8192
@@ -28,11 +29,13 @@ class PageConfig:
     height: int = 512  # pixels
     width: int = 512
     cell: Cell = "8x16"  # dense and packed
+    alphabet: Alphabet = "nano"  # dense and packed
     font_size: int = 13  # document: pixels per em of running text
 
     def __post_init__(self) -> None:
         check_choice("style", self.style, Style)
         check_choice("cell", self.cell, Cell)
+        check_choice("alphabet", self.alphabet, Alphabet)
         for name in ("height", "width", "font_size"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be a whole number of pixels, got {getattr(self, name)!r}")

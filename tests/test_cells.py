@@ -14,6 +14,7 @@ from optmem import paginate
 from optmem.config import Cell
 from optmem.errors import InputError
 from optmem.pages import draw_pages, read_symbols, symbols
+from optmem.pages.alphabet import alphabet_atlas
 from optmem.pages.atlas import CELLS, cell_atlas
 from optmem.testing import read_pixels
 
@@ -29,18 +30,32 @@ def symbols_of(pages) -> str:
 
 @pytest.mark.parametrize("style", STYLES)
 @settings(max_examples=60)
-@given(text=ANY_TEXT, cell=st.sampled_from(sorted(CELLS)), size=st.sampled_from([(64, 64), (512, 512), (80, 144)]))
-def test_text_comes_back_from_lines_and_from_symbols(style, text, cell, size):
-    pages = paginate(text, style=style, size=size, cell=cell)
+@given(
+    text=ANY_TEXT,
+    cell=st.sampled_from(sorted(CELLS)),
+    alphabet=st.sampled_from(["nano", "any"]),
+    size=st.sampled_from([(64, 64), (512, 512), (80, 144)]),
+)
+def test_text_comes_back_from_lines_and_from_symbols(style, text, cell, alphabet, size):
+    pages = paginate(text, style=style, size=size, cell=cell, alphabet=alphabet)
     assert "".join(page.text() for page in pages) == text
     assert read_symbols(symbols_of(pages)) == text
 
 
 @pytest.mark.parametrize("style", STYLES)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(text=SEEN, cell=st.sampled_from(sorted(CELLS)))
-def test_text_comes_back_from_pixels_alone(style, text, cell):
+@given(text=ANY_TEXT, cell=st.sampled_from(sorted(CELLS)))
+def test_any_text_comes_back_from_pixels_alone_in_the_alphabet_of_nano(style, text, cell):
     pages = paginate(text, style=style, size=(64, 128), cell=cell)
+    said = "".join(read_pixels(image, alphabet_atlas(cell), break_rows=style == "dense") for image in draw_pages(pages))
+    assert read_symbols(said) == text
+
+
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(text=SEEN, cell=st.sampled_from(sorted(CELLS)))
+def test_latin_comes_back_from_pixels_alone_in_any_alphabet(style, text, cell):
+    pages = paginate(text, style=style, size=(64, 128), cell=cell, alphabet="any")
     said = "".join(read_pixels(image, cell_atlas(cell), break_rows=style == "dense") for image in draw_pages(pages))
     assert read_symbols(said) == text
 
@@ -141,28 +156,29 @@ def test_same_input_same_page_and_another_text_another_id():
     assert paginate("e\u0301")[0].id != paginate("\xe9")[0].id
     assert paginate(text, style="packed")[0].id != one.id
     assert paginate(text, cell="8x8")[0].id != one.id
+    assert paginate(text, alphabet="any")[0].id != one.id
     assert paginate(text, size=640)[0].id != one.id
 
 
 def test_the_id_does_not_depend_on_what_the_process_drew_before():
-    program = "import optmem; print(optmem.paginate('naïve – Привет ✓')[0].id)"
+    program = "import optmem; print(optmem.paginate('naïve – Привет ✓', alphabet='any')[0].id)"
     ids = {
         subprocess.run([sys.executable, "-c", before + program], capture_output=True, text=True, check=True).stdout
-        for before in ("", "import optmem; optmem.paginate('✗ Ω zuvor ✓')[0].id;")
+        for before in ("", "import optmem; optmem.paginate('✗ Ω zuvor ✓', alphabet='any')[0].id;")
     }
     assert len(ids) == 1
-    assert paginate("naïve – Привет ✓")[0].id in ids.pop()
+    assert paginate("naïve – Привет ✓", alphabet="any")[0].id in ids.pop()
 
 
 def test_characters_no_font_has_are_named():
-    (page,) = paginate("a\U0001f9ffb\x00\u0301")  # an emoji, a control and a combining mark
+    (page,) = paginate("a\U0001f9ffb\x00\u0301", alphabet="any")  # an emoji, a control and a combining mark
     assert page.missing == ("\U0001f9ff",)
     assert "U+1F9FF" in symbols.plain("".join(c for c in symbols_of([page]) if 0xE020 <= ord(c) < 0xE080))
 
 
 def test_what_pixels_cannot_tell_apart_the_text_still_can():
     """Letters of other scripts that the font draws alike: the claim of pixels ends here, that of symbols does not."""
-    greek, cyrillic = paginate("Α")[0], paginate("А")[0]
+    greek, cyrillic = paginate("Α", alphabet="any")[0], paginate("А", alphabet="any")[0]
     assert (greek.image() == cyrillic.image()).all()
     assert greek.text() != cyrillic.text()
     assert symbols_of([greek]) != symbols_of([cyrillic])
@@ -170,7 +186,7 @@ def test_what_pixels_cannot_tell_apart_the_text_still_can():
 
 
 def test_a_lookalike_is_escaped_but_not_missing():
-    (page,) = paginate("a\u2015b")  # a horizontal bar, which the font draws like an em dash
+    (page,) = paginate("a\u2015b", alphabet="any")  # a horizontal bar, which the font draws like an em dash
     assert page.missing == ()
     assert "U+2015" in symbols.plain("".join(c for c in symbols_of([page]) if 0xE020 <= ord(c) < 0xE080))
 

@@ -11,12 +11,12 @@ import pytest
 
 from optmem.errors import InputError
 from optmem.pages import Block, Run, symbols
+from optmem.pages.alphabet import BLANK, CHARACTERS, SYMBOLS, alphabet_atlas, code_points, spell
 from optmem.pages.cells import paginate_cells
 from optmem.pixels import to_mode
 from optmem.testing import read_pixels
 from optmem.text.characters import ALPHABET
 from optmem.train import corpus as corpora
-from optmem.train.alphabet import BLANK, CHARACTERS, SYMBOLS, alphabet_atlas, code_points, spell
 from optmem.train.degrade import EVERYTHING, UNMOVED, Blur, Jpeg, Noise, Rotation, Shift, degrade, move_boxes
 from optmem.train.kinds import Mix, PageKind, identifier, write
 from optmem.train.sources import SOURCES

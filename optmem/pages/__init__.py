@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any
 
-from optmem.config import Cell, Kind, PageConfig, Style, check_choice
+from optmem.config import Alphabet, Cell, Kind, PageConfig, Style, check_choice
 from optmem.errors import InputError
+from optmem.pages.alphabet import alphabet_atlas
 from optmem.pages.atlas import cell_atlas
 from optmem.pages.blocks import Block, Look, Run, Span
 from optmem.pages.cells import paginate_cells
@@ -57,7 +58,8 @@ def lay_out(blocks: Iterable[Block], config: PageConfig) -> list[Page]:
     """Blocks as pages in the style of `config`; what does not fit goes to the next page, and there is at least one."""
     if config.style == "document":
         return paginate_document(blocks, config.height, config.width, font_size=config.font_size)
-    return paginate_cells(blocks, config.style, config.height, config.width, cell_atlas(config.cell))
+    atlas = alphabet_atlas(config.cell) if config.alphabet == "nano" else cell_atlas(config.cell)
+    return paginate_cells(blocks, config.style, config.height, config.width, atlas)
 
 
 def _sides(size: object) -> tuple[int, int]:
@@ -76,6 +78,7 @@ def paginate(
     style: Style = "dense",
     size: int | tuple[int, int] = 512,
     cell: Cell = "8x16",
+    alphabet: Alphabet = "nano",
     font_size: int = 13,
     kind: Kind | None = None,
     name: str = "text",
@@ -85,6 +88,7 @@ def paginate(
     style      "dense" (fixed cells, line ends drawn and obeyed), "packed" (line ends drawn, rows go on) or "document" (for people)
     size       pixels: one side of a square, or (height, width)
     cell       dense and packed: width x height of a character
+    alphabet   dense and packed: "nano" draws what the shipped reader can say, "any" what a font here has; the rest as its escape
     font_size  document: pixels per em
     kind       of a string: "text", "markdown" or "code"; the styles dense and packed show all of them as they are
     name       the source id in the spans of lines; messages have their own ids
@@ -92,5 +96,5 @@ def paginate(
     In dense and packed, the texts of the pages joined are exactly the string put in, and so are the symbols drawn (`read_symbols`).
     Raises InputError for a source or a setting that cannot be used.
     """
-    config = PageConfig(style, *_sides(size), cell, font_size)
+    config = PageConfig(style, *_sides(size), cell, alphabet, font_size)
     return lay_out(read_source(source, kind, rich=style == "document", name=name), config)

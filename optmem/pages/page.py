@@ -79,6 +79,13 @@ class Page:
         boxes = np.stack([left, top, left + width, top + height], axis=1)
         return Characters(table.symbols[glyph], boxes, self.sources)
 
+    def symbol_rows(self) -> list[str]:
+        """dense and packed: the symbols on every row of cells that the text reaches, as a reader is to say them."""
+        found = self.characters()
+        _, row_of = np.unique(found.boxes[:, 1], return_inverse=True)
+        rows = np.split(found.symbols.astype("<u4"), np.flatnonzero(np.diff(row_of)) + 1)
+        return [row.tobytes().decode("utf-32-le") for row in rows]
+
     @cached_property
     def id(self) -> str:
         """64 hexadecimal digits."""

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from optmem.config import check_choice
 from optmem.errors import InputError
 from optmem.pages import symbols
+from optmem.pages.alphabet import CHARACTERS
 from optmem.pages.cells import join_runs
 from optmem.pages.chat import read_messages
-from optmem.train.alphabet import CHARACTERS
 from optmem.train.corpus import Corpus
 
 Keys = NDArray[np.int64]

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optmem.pages.alphabet import BLANK
 from optmem.text.characters import END, EOL, MAX_ROWS, PAD, CharacterTokenizer
-from optmem.train.alphabet import BLANK
 from optmem.train.synth import Batch
 
 Ints = NDArray[np.int64]
@@ -103,13 +103,13 @@ def label(
 
 
 def _spots(page: Sheet, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Cells of a page: an eighth where nothing is drawn, of these half right behind a line's end."""
+    """Cells of a page: a quarter where nothing is drawn, of these half right behind a line's end."""
     _, columns = page.ids.shape
     row_of = np.repeat(np.arange(len(page.lengths)), page.lengths)
     column_of = np.arange(len(row_of)) - np.repeat(np.cumsum(page.lengths) - page.lengths, page.lengths)
     drawn = rng.integers(len(row_of), size=count)
     rows, at = row_of[drawn], column_of[drawn]
-    blank, behind = count // 16, count // 8
+    blank, behind = count // 8, count // 4
     rows[:behind] = rng.integers(len(page.ids), size=behind)
     at[:blank] = rng.integers(columns, size=blank)
     at[blank:behind] = np.minimum(page.lengths[rows[blank:behind]], columns - 1)

@@ -26,9 +26,9 @@ from optmem import ops
 from optmem.config import Cell, check_choice
 from optmem.errors import InputError
 from optmem.pages import Box, read_symbols, symbols
+from optmem.pages.alphabet import BLANK, Atlas, alphabet_atlas, spell
 from optmem.pages.atlas import CELLS
 from optmem.pages.cells import flow
-from optmem.train.alphabet import BLANK, Atlas, alphabet_atlas, spell
 from optmem.train.corpus import Corpus, Split, load
 from optmem.train.degrade import Affine, Degradation, Pixels, degrade, move_boxes, scaling, then
 from optmem.train.kinds import Keys, Mix, PageKind, write
