@@ -18,7 +18,6 @@ from optmem.text.characters import CHARACTERS, END, EOL, CharacterTokenizer, cha
 from optmem.train.alignment import TAUGHT, Parts, expert_of, graft
 from optmem.train.curves import draw_curves
 from optmem.train.feed import SynthFeed, chance_corpus
-from optmem.train.gate import likeness, read_pages
 from optmem.train.labels import NOTHING, NOWHERE, label, sheets
 from optmem.train.losses import Weights, score
 from optmem.train.muon import Optimizer, Rates, apart, orthogonal, takes_muon
@@ -247,20 +246,6 @@ def test_every_stage_leaves_a_model_that_loads(tmp_path):
 def test_no_curves_without_a_log(tmp_path):
     draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.svg")
     assert not (tmp_path / "curves.svg").exists()
-
-
-def test_the_gate_reads_pages():
-    trainer_parts = Parts(tiny_nano())
-    model = Model(tiny_nano(), trainer_parts.weights(), TOKENIZER)
-    [found] = read_pages(model, FEED.batch(SMALL, 1, 0, MIX), max_symbols=4)
-    assert 0 <= found.greedy < 0.5
-    assert found.cell in tiny_nano().glance.cells
-
-
-@pytest.mark.parametrize(("a", "b", "wanted"), [("", "", 1), ("", "a", 0), ("kitten", "sitting", 1 - 3 / 7), ("abc", "abc", 1)])
-def test_likeness_is_one_less_the_edit_distance(a, b, wanted):
-    assert likeness(a, b) == pytest.approx(wanted)
-    assert likeness(b, a) == pytest.approx(wanted)
 
 
 # --- recipes ------------------------------------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ def _align(total: Score, parts: Parts, labels: Labels, weights: Weights, reading
         routes = reading.routes[layer - config.decoder.dense_layers][is_placed]
         if weights.route:
             total.add(f"route {layer}", weights.route, *_compare(routes, expert_of(pixels)))
+    if not weights.cursor:
+        return
     columns = MAX_SIDE // X_STEP
     for layer, cursor in zip(CURSORS, parts.helpers.cursors, strict=True):
         x, y = cursor(reading.hidden[layer][is_placed]).split([columns, MAX_SIDE // Y_STEP], dim=-1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ _PLAIN = re.compile(
     r"(embed|position|view_seperator|image_newline|patch_embed|lm_head|mlp\.gate\.|places|\.rows\.|\.columns\.|cursors|symbols|cells)"
 )
 _RESIDUAL = re.compile(r"decoder\.model\..*(o_proj|down_proj|experts\.down)")
+_ENCODER = re.compile(r"^(encoder|glance|helpers\.patches)\.")
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
@@ -30,6 +31,22 @@ class Rates:
     muon: float
     adam: float
     residual: float = 1.0  # factor on Muon's steps of what writes into the decoder's residual
+    encoder: float = 1.0  # factor on all steps of the encoder and its read-outs
+
+    def paced(self, pace: float) -> Rates:
+        """The same, so many times as fast."""
+        return replace(self, muon=self.muon * pace, adam=self.adam * pace)
+
+    def for_matrix(self, name: str) -> float:
+        """Muon's rate for a parameter."""
+        return self.muon * self._share(name) * (self.residual if _RESIDUAL.search(name) else 1.0)
+
+    def for_table(self, name: str) -> float:
+        """AdamW's rate for a parameter."""
+        return self.adam * self._share(name)
+
+    def _share(self, name: str) -> float:
+        return self.encoder if _ENCODER.search(name) else 1.0
 
 
 class Optimizer:
@@ -54,7 +71,7 @@ class Optimizer:
                 matrices = apart(name, self._momentum(name, parameter.grad))
                 together.setdefault(matrices.shape[1:], []).append((name, matrices))
             else:
-                self._adam(name, parameter, rates.adam)
+                self._adam(name, parameter, rates.for_table(name))
         for group in together.values():
             self._muon(group, rates)
         for parameter in self.parameters.values():
@@ -70,8 +87,7 @@ class Optimizer:
         height, width = steps.shape[1:]
         scale = max(1.0, height / width) ** 0.5
         for (name, _), step in zip(group, torch.split(steps, [len(matrices) for _, matrices in group]), strict=True):
-            rate = rates.muon * (rates.residual if _RESIDUAL.search(name) else 1.0)
-            parameter = self.parameters[name]
+            rate, parameter = rates.for_matrix(name), self.parameters[name]
             parameter.mul_(1 - rate * self.decay).add_(step.reshape(parameter.shape), alpha=-rate * scale)
 
     def _adam(self, name: str, parameter: nn.Parameter, rate: float) -> None:

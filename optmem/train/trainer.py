@@ -26,7 +26,7 @@ from optmem.train.curves import draw_curves
 from optmem.train.feed import Feed, seed_of
 from optmem.train.labels import Labels, label
 from optmem.train.losses import Score, score
-from optmem.train.muon import Optimizer, Rates
+from optmem.train.muon import Optimizer
 from optmem.train.recipe import Recipe, Stage
 from optmem.train.state import TENSORS, Place, load_place, load_tensors, save_state
 
@@ -173,7 +173,7 @@ class Trainer:
         found.right["gradient"] = norm
         pace = stage.pace(self.place.step, share)
         if torch.isfinite(norm):
-            self.optimizer.step(Rates(stage.rates.muon * pace, stage.rates.adam * pace, stage.rates.residual))
+            self.optimizer.step(stage.rates.paced(pace))
         self.parts.zero_grad(set_to_none=True)
         return found
 
