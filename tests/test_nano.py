@@ -16,13 +16,13 @@ from optmem.model.glance import centres
 from optmem.model.model import Model
 from optmem.model.nano import Row, embed_prefix, join_rows, read_rows
 from optmem.pages import paginate, symbols
+from optmem.pages.alphabet import SYMBOLS
 from optmem.pixels import find_mode
 from optmem.testing import assert_equal
 from optmem.text.characters import ALPHABET, CHARACTERS, END, EOL, CharacterTokenizer, characters_json
 from optmem.text.tokenizer import load_tokenizer
 from optmem.train import forward
 from optmem.train.alignment import Parts
-from optmem.train.alphabet import SYMBOLS
 
 TOKENIZER = CharacterTokenizer(characters_json())
 

@@ -75,8 +75,10 @@ class Glance(ReadOut):
         return votes
 
     @torch.inference_mode()
-    def read(self, tokens: Tensor, rows: range | None = None) -> Glimpse:
+    def read(self, tokens: Tensor, rows: range | None = None, *, temperature: float = 1.0) -> Glimpse:
         """The vision tokens of a square page, [n, hidden] -> what it says, or what these rows say.
+
+        temperature   of the probabilities; the ids do not depend on it
 
         Raises InputError where the tokens are not those of one square view.
         """
@@ -87,8 +89,8 @@ class Glance(ReadOut):
         confidence, winner = votes.max(-1)
         cell = self.known[int(winner)]
         pixels, shape = centres(across * TOKEN, cell, rows)
-        chances = self(tokens[None], pixels[None].to(tokens.device))[0].float().softmax(-1)
-        probabilities, ids = chances.max(-1)
+        logits = self(tokens[None], pixels[None].to(tokens.device))[0].float() / temperature
+        probabilities, ids = logits.softmax(-1).max(-1)
         return Glimpse(ids.view(shape), probabilities.view(shape), cell, float(confidence))
 
 
