@@ -15,16 +15,17 @@ ROOT = Path(optmem.__file__).parent
 LAYERS = [
     {"errors", "config", "files", "native", "reference", "blockwise", "ops", "env", "interpreter"},
     {"text", "pages"},  # side by side: the vocabulary of our own model is the symbols of pages
-    {"images", "pixels"},
+    {"images", "pixels", "inputs"},
     {"model"},
+    {"engine"},
     {"train"},
-    {"inputs"},
-    {"demo", "testing", "cli"},
+    {"demo", "demo_report", "testing", "cli"},
 ]
 
 
 def test_public_names():
-    assert set(optmem.__all__) == {"OptmemError", "Page", "paginate"}
+    reading = {"Completion", "Engine", "Glanced", "VisionTokens", "document_text"}
+    assert set(optmem.__all__) == {"OptmemError", "Page", "paginate"} | reading
     assert all(hasattr(optmem, name) for name in optmem.__all__)
 
 

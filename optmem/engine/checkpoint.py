@@ -1,0 +1,94 @@
+"""Which checkpoint is meant, how sure its answers are, and which encoder made a page's vision tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from optmem.errors import CheckpointError, InputError, SourceNotFoundError
+from optmem.files import checkpoint_folder, read_json
+from optmem.model.config_json import CONFIG
+from optmem.model.encoder import Encoder
+
+SHIPPED = ("nano",)
+FIDELITY = "fidelity.json"
+MAX_FIDELITY = 16 << 20  # bytes
+COLDEST, HOTTEST = 0.01, 100.0
+_ASSEMBLY = ("image_newline", "view_seperator")  # put among the tokens later: what is stored does not depend on them
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Temperatures:
+    """What logits are divided by before a probability is said, so that it is the share that is right.  1 is uncalibrated."""
+
+    decoder: float = 1.0
+    glance: float = 1.0
+
+
+def find_checkpoint(name: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint: one that is shipped, by its name, or any folder in the hub layout.
+
+    Raises SourceNotFoundError where there is none.
+    """
+    if name in SHIPPED:
+        shipped = Path(str(files("optmem"))) / "checkpoints" / str(name)
+        if not (shipped / CONFIG).is_file():
+            raise SourceNotFoundError(
+                f"this copy of optmem comes without the checkpoint {name!r}: train one (optmem train) and give its folder instead"
+            )
+        return shipped
+    if isinstance(name, str) and not Path(name).exists():
+        raise SourceNotFoundError(f"there is no checkpoint {name!r}: give a folder, or one that is shipped: {', '.join(SHIPPED)}")
+    return checkpoint_folder(name)
+
+
+def read_temperatures(folder: Path) -> Temperatures | None:
+    """The constants of calibration beside the weights; None where there are none.  Raises CheckpointError for absurd ones."""
+    if not (folder / FIDELITY).is_file():
+        return None
+    found = read_json(folder, FIDELITY, limit=MAX_FIDELITY).get("calibration")
+    if found is None:
+        return None
+    values = [found.get(f"{part}_temperature") for part in ("decoder", "glance")] if isinstance(found, dict) else []
+    checked = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    checked = [value for value in checked if COLDEST <= value <= HOTTEST]  # and so not NaN
+    if len(checked) != 2:
+        wanted = f"decoder_temperature and glance_temperature, numbers from {COLDEST} to {HOTTEST}"
+        raise CheckpointError(f"{FIDELITY}: calibration must have {wanted}, got {str(found)[:80]}")
+    return Temperatures(*checked)
+
+
+def choose_device(device: torch.device | str) -> torch.device:
+    """ "auto" is a GPU where there is one.  Raises InputError for what is no device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:<number>, got {device!r}") from None
+
+
+def choose_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """A type by its name; None, what is stored, for "auto"."""
+    if dtype == "auto":
+        return None
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in _DTYPES.values():
+        raise InputError(f"dtype must be auto, {', '.join(_DTYPES)}, got {dtype!r}")
+    return chosen
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """32 hexadecimal digits over all that vision tokens depend on, as bf16: the type they are computed in is none of it."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(encoder.named_parameters()):
+        if name not in _ASSEMBLY:
+            digest.update(f"{name} {list(weight.shape)}\n".encode())
+            digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

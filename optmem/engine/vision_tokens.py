@@ -1,0 +1,143 @@
+"""What is kept of a picture: its vision tokens, which encoder made them, and the file they travel in.
+
+The file is safetensors: one tensor `features`, and in the metadata `format`, `mode` and `grid` as JSON, and `encoder`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from optmem.errors import CheckpointError, InputError, OutputError
+from optmem.files import open_inside, parse_json
+from optmem.model.tensor_file import all_finite, read_header, read_tensor, write_file
+from optmem.pixels import NO_TILES, Grid, Mode
+
+FORMAT = "optmem vision tokens 1"
+FEATURES = "features"
+MAX_TOKENS = 1 << 16  # of one picture; 1,156 are the most that a public mode has
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_NAMES = {"format", "mode", "grid", "encoder"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisionTokens:
+    """One picture's vision tokens, before newlines and separator are put among them."""
+
+    features: Tensor = field(repr=False)  # [mode.paper_tokens(grid), hidden]: tiles row by row, then the global view
+    mode: Mode
+    grid: Grid
+    encoder: str  # fingerprint of the encoder that made them, 32 hexadecimal digits
+
+    def __post_init__(self) -> None:
+        wanted = self.mode.paper_tokens(self.grid)
+        if self.features.dim() != 2 or self.features.shape[0] != wanted:
+            columns, rows = self.grid
+            given = list(self.features.shape)
+            raise InputError(f"mode {self.mode.name} with {columns}x{rows} tiles has [{wanted}, hidden] features, got {given}")
+        if self.features.layout != torch.strided or self.features.dtype not in _FLOATS:
+            raise InputError(f"features must be dense bfloat16, float16 or float32, got {self.features.dtype}")
+        if not _FINGERPRINT.fullmatch(self.encoder):
+            raise InputError(f"an encoder's fingerprint is 32 hexadecimal digits, got {self.encoder[:80]!r}")
+
+    @property
+    def hidden(self) -> int:
+        """Width of a token."""
+        return self.features.shape[1]
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the picture was cut into besides its global view."""
+        return 0 if self.grid == NO_TILES else self.grid[0] * self.grid[1]
+
+    @property
+    def fed_tokens(self) -> int:
+        """What they cost a decoder, newlines and separator counted."""
+        return self.mode.fed_tokens(self.grid)
+
+    def check_fits(self, hidden: int, encoder: str) -> None:
+        """Raises InputError where a decoder of this width, trained with this encoder, cannot read them, or they are not finite."""
+        if self.hidden != hidden:
+            raise InputError(f"these vision tokens are {self.hidden} wide, this model's are {hidden}: they are of another model")
+        if self.encoder != encoder:
+            raise InputError(
+                f"these vision tokens are of the encoder {self.encoder[:8]}, this model has {encoder[:8]}: encode the picture again"
+            )
+        if not all_finite(self.features):
+            raise InputError("these vision tokens hold NaN or infinite values: encode the picture again")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them to a file, which appears complete or not at all; one that is there is replaced.  Raises OutputError."""
+        target = Path(path)
+        metadata = {"format": FORMAT, "mode": json.dumps(asdict(self.mode)), "grid": json.dumps(self.grid), "encoder": self.encoder}
+        unfinished = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.unfinished")
+        try:
+            write_file(unfinished, {FEATURES: self.features}, metadata)
+            unfinished.replace(target)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {target.name}: {error.strerror or error}") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> VisionTokens:
+        """The tokens in a file.  Raises SourceNotFoundError where there is none, CheckpointError where it is damaged or holds
+        something else, NaN included: nothing is allocated before its header is checked."""
+        source = Path(path)
+        with open_inside(source.parent.resolve(), source.name) as descriptor:
+            header = read_header(descriptor, source.name)
+            mode, grid, encoder = _read_metadata(header.metadata, source.name)
+            entry = header.tensors.get(FEATURES)
+            if entry is None or len(header.tensors) > 1:
+                raise CheckpointError(f"{source.name} must hold one tensor, {FEATURES!r}, got {_shown(list(header.tensors))}")
+            if entry.dtype not in _FLOATS or len(entry.shape) != 2:
+                raise CheckpointError(f"{source.name}: features must be [n, hidden] of bf16, fp16 or fp32, got {list(entry.shape)}")
+            if entry.shape[0] != mode.paper_tokens(grid):
+                wanted = f"{mode.paper_tokens(grid)}, as mode {mode.name} has"
+                raise CheckpointError(f"{source.name}: the number of tokens must be {wanted}, got {entry.shape[0]}")
+            features = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+            read_tensor(descriptor, entry, features, source.name)
+        return cls(features, mode, grid, encoder)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(repr(name[:40]) for name in names[:3]) or "none"
+
+
+def _read_metadata(metadata: dict[str, str], where: str) -> tuple[Mode, Grid, str]:
+    """Mode, grid and fingerprint.  Raises CheckpointError."""
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{where} is not a file of vision tokens: its format is {metadata.get('format', 'not said')[:80]!r}")
+    if metadata.keys() != _NAMES:
+        raise CheckpointError(f"{where}: the metadata must be exactly {', '.join(sorted(_NAMES))}, got {_shown(list(metadata))}")
+    mode = _read_mode(parse_json(metadata["mode"].encode("utf-8", "replace"), f"{where}: mode"), where)
+    grid = re.fullmatch(r"\[([1-9][0-9]?), ([1-9][0-9]?)\]", metadata["grid"])
+    if grid is None:
+        raise CheckpointError(f"{where}: grid must be [columns, rows], got {metadata['grid'][:80]!r}")
+    if not _FINGERPRINT.fullmatch(metadata["encoder"]):
+        raise CheckpointError(f"{where}: encoder must be 32 hexadecimal digits, got {metadata['encoder'][:80]!r}")
+    columns, rows = int(grid[1]), int(grid[2])
+    try:
+        tokens = mode.paper_tokens((columns, rows))
+    except InputError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    if tokens > MAX_TOKENS:
+        raise CheckpointError(f"{where}: {tokens:,} tokens are more than any picture has ({MAX_TOKENS:,})")
+    return mode, (columns, rows), metadata["encoder"]
+
+
+def _read_mode(found: dict[str, object], where: str) -> Mode:
+    types = {each.name: {"str": str, "bool": bool}.get(str(each.type), int) for each in fields(Mode)}
+    if {name: type(value) for name, value in found.items()} != types:
+        raise CheckpointError(f"{where}: mode must have exactly {', '.join(types)}, each of its type, got {_shown(list(found))}")
+    try:
+        return Mode(**found)  # type: ignore[arg-type]
+    except InputError as error:
+        raise CheckpointError(f"{where}: {error}") from None
