@@ -14,13 +14,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from optmem import __version__, env
-from optmem.config import Cell, Kind, PageConfig, Style
-from optmem.demo import LEGEND, run_demo
-from optmem.errors import OptmemError, OutputError
+from optmem.config import Alphabet, Cell, Kind, PageConfig, Style
+from optmem.demo import LEGEND, ReadBack, read_all, run_demo
+from optmem.demo_report import write_report
+from optmem.engine import Engine
+from optmem.errors import OptmemError, OutputError, SourceNotFoundError
 from optmem.inputs import read_input
 from optmem.pages import Page, draw_pages, lay_out, read_source
 from optmem.pixels import MODES, PIXELS_PER_TOKEN, Mode
-from optmem.train import synth_command, train_command
+from optmem.train import eval_command, synth_command, train_command
 
 T = TypeVar("T")
 PAGES_AT_ONCE = 64
@@ -118,6 +120,13 @@ def save_pages(pages: list[Page], folder: Path, name: str) -> list[dict[str, Any
     show_default=True,
     help="dense, packed: width x height of a character.",
 )
+@click.option(
+    "--alphabet",
+    type=click.Choice(get_args(Alphabet)),
+    default=DEFAULTS.alphabet,
+    show_default=True,
+    help="dense, packed: draw what the shipped reader can say, or any character of a font here; the rest as escapes.",
+)
 @click.option("--font-size", type=int, default=DEFAULTS.font_size, show_default=True, help="document: pixels per em.")
 @click.option("--kind", type=click.Choice(get_args(Kind)), help="What FILE holds.  [default: by its suffix; stdin: text]")
 @as_json
@@ -128,6 +137,7 @@ def render(
     mode: str | None,
     size: int | None,
     cell: Cell,
+    alphabet: Alphabet,
     font_size: int,
     kind: Kind | None,
     as_json: bool,
@@ -136,7 +146,7 @@ def render(
     if mode is not None and size is not None:
         raise click.UsageError("--mode and --size both set the size of a page: give one")
     side = MODES[mode].size if mode is not None else DEFAULTS.height if size is None else size
-    config = PageConfig(style, side, side, cell, font_size)
+    config = PageConfig(style, side, side, cell, alphabet, font_size)
     given = read_input(file, kind)
     pages = lay_out(read_source(given.source, given.kind, rich=style == "document", name=given.name), config)
     described = save_pages(pages, output, given.name)
@@ -164,24 +174,56 @@ def fed_tokens(side: int, num_pages: int) -> int | None:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo"),
     show_default=True,
-    help="Folder for the PNGs.",
+    help="Folder for the PNGs and the report.",
 )
+@click.option("--checkpoint", default="nano", show_default=True, help="What reads: the shipped checkpoint, or a folder.")
 @as_json
-def demo(files: tuple[str, ...], output: Path, as_json: bool) -> None:
-    """Draw a sample chat and FILES as pages, and say what they cost in text tokens and in vision tokens."""
-    results = run_demo([read_input(file) for file in files])
+def demo(files: tuple[str, ...], output: Path, checkpoint: str, as_json: bool) -> None:
+    """Draw a sample chat and FILES as pages, say what they cost in text tokens and in vision tokens, and read them back."""
+    given = [read_input(file) for file in files]
+    results = run_demo(given)
     for result in results:
         save_pages(result.pages, output, result.name)
+    if not as_json:
+        click.echo("\n\n".join(result.describe() for result in results) + f"\n\n{LEGEND}")
+    engine, missing = open_reader(checkpoint)
+    read = read_all(engine, given) if engine is not None else []
+    report = save_report(read, output, checkpoint) if read else None
     if as_json:
-        print_json([result.summary() for result in results])
+        found = [result.summary() for result in results]
+        for drawn, back in zip(found, read, strict=False):  # without a checkpoint there is nothing read
+            drawn["read_back"] = back.summary()
+        print_json(found)
         return
-    for result in results:
-        click.echo(result.describe() + "\n")
-    click.echo(LEGEND)
-    click.echo(f"The pages are in {output}")
+    if engine is not None:
+        click.echo(f"\nread back by {checkpoint}, from vision tokens alone:\n" + "\n".join(back.describe() for back in read))
+    else:
+        click.echo(f"\nNothing was read back: {missing}")
+    click.echo(f"\nThe pages are in {output}" + (f", the report is {report}" if report else ""))
+
+
+def open_reader(checkpoint: str) -> tuple[Engine | None, str]:
+    """The engine; or None and the reason, where the checkpoint that is to be shipped is not here yet."""
+    try:
+        return Engine.from_pretrained(checkpoint), ""
+    except SourceNotFoundError as error:
+        if checkpoint != "nano":
+            raise
+        return None, str(error)
+
+
+def save_report(read: list[ReadBack], folder: Path, checkpoint: str) -> Path:
+    """Writes the report and says where it is."""
+    file = folder / "report.html"
+    try:
+        file.write_text(write_report(read, checkpoint), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from None
+    return file
 
 
 synth_command.register(cli)
+eval_command.register(cli)
 train_command.register(cli)
 
 

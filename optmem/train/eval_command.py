@@ -1,0 +1,120 @@
+"""`optmem eval`: how well a checkpoint reads, with intervals, controls and calibration."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import click
+from tqdm import tqdm
+
+from optmem.config import check_choice
+from optmem.engine.checkpoint import find_checkpoint
+from optmem.inputs import Given, read_input
+from optmem.model.model import Model
+from optmem.train.corpus import open_corpus
+from optmem.train.evaluate import EVERY_FORM, Part, Plan, evaluate
+from optmem.train.evaluate_pages import parse_form, unspoken
+from optmem.train.evaluate_reading import Nano
+from optmem.train.evaluate_report import save, table
+from optmem.train.kinds import PageKind
+from optmem.train.synth import Form
+from optmem.train.synth_command import CORPUS
+
+DEFAULTS = Plan()
+_SHOWN = 20  # characters named in a note
+
+
+def register(cli: click.Group) -> None:
+    """Adds the command."""
+    cli.add_command(eval_command)
+
+
+@click.command("eval")
+@click.argument("model", default="nano")
+@click.option(
+    "-o",
+    "--output",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("evaluation"),
+    show_default=True,
+    help="Folder for fidelity.json, the report and the charts.",
+)
+@click.option("--pages", type=click.IntRange(1), default=DEFAULTS.pages, show_default=True, help="Pages of each kind and form.")
+@click.option(
+    "--rows", type=click.IntRange(0), default=DEFAULTS.rows, show_default=True, help="Consecutive rows read of each page; 0 is all."
+)
+@click.option("--kinds", help=f"Kinds of text, with commas: {', '.join(get_args(PageKind))}.  [default: all, or none with --text]")
+@click.option("--forms", default=EVERY_FORM, help="Pages as size:cell, and size:cell:side for a lower tier.  [default: every tier]")
+@click.option("--text", "texts", multiple=True, help="A text of your own, drawn as nano's pages; give it again for more.")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path, file_okay=False), default=CORPUS, show_default=True, help="Text; made when missing."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Fixes pages, rows and intervals.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def eval_command(
+    model: str,
+    output: Path,
+    pages: int,
+    rows: int,
+    kinds: str | None,
+    forms: str,
+    texts: tuple[str, ...],
+    corpus: Path,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Measure how well MODEL reads held-out pages: a shipped checkpoint by its name, or a folder.
+
+    By tier, density and kind of text: score, exact lines, digits and identifiers with 95 % intervals, compression, the glance, and
+    how often confidence misleads; then controls with nothing to read.
+    """
+    given = tuple(read_input(file) for file in texts)
+    plan = Plan(tuple(map(parse_form, forms.split(","))), _kinds(kinds, given), given, pages, rows, seed)
+    loaded = Model.load(find_checkpoint(model))
+    Nano.of(loaded)  # before minutes of collecting text
+    _say_escapes(given, plan.forms)
+    text = open_corpus(_told(corpus.expanduser()), "held-out") if plan.kinds else None
+    found = evaluate(loaded, plan, text, watch=_bar)
+    files = save(found, output)
+    if as_json:
+        click.echo(json.dumps(found.summary(), indent=2))
+        return
+    click.echo(table(found))
+    click.echo(f"\n{', '.join(file.name for file in files)} in {output}")
+
+
+def _kinds(names: str | None, given: Sequence[Given]) -> tuple[PageKind, ...]:
+    if names is None:
+        return () if given else DEFAULTS.kinds
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        check_choice("kind", name, PageKind)
+    known: dict[str, PageKind] = {kind: kind for kind in get_args(PageKind)}
+    return tuple(known[name] for name in chosen)
+
+
+def _say_escapes(given: Sequence[Given], forms: Sequence[Form]) -> None:
+    """What no cell can draw is no error, but costs several cells each."""
+    for text in given:
+        chars = unspoken(text, [form.cell for form in forms])
+        if chars:
+            shown = " ".join(chars[:_SHOWN]) + (" …" if len(chars) > _SHOWN else "")
+            note = f"{text.name} has {len(chars)} characters that not every cell has a picture of"
+            click.echo(f"{note}; they are read as escapes: {shown}", err=True)
+
+
+def _told(folder: Path) -> Path:
+    if not (folder / "corpus.json").is_file():
+        click.echo(f"collecting text in {folder}: a minute or two, once", err=True)
+    return folder
+
+
+def _bar(parts: Sequence[Part]) -> Iterable[Part]:
+    """A bar on stderr when a person watches."""
+    bar: Iterable[Part] = tqdm(parts, desc="reading", unit="cell", file=sys.stderr, disable=not sys.stderr.isatty())
+    return bar
