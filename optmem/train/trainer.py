@@ -102,9 +102,8 @@ class Trainer:
         return {name: value for name, value in named.items() if not _is_fixed(name)}
 
     def _next_stage(self, stage: Stage) -> None:
-        model = self.export()
         if not self.run.model(stage).exists():
-            model.save(self.run.model(stage))
+            self.export(torch.bfloat16).save(self.run.model(stage))
         self.place = Place(stage=self.place.stage + 1, pages=self.place.pages)
         if self.place.stage < len(self.recipe.stages):
             self.optimizer = Optimizer(self._trained(self.recipe.stages[self.place.stage]))
