@@ -27,7 +27,6 @@ import pytest
 import torch
 
 from optmem.engine import Engine
-from optmem.engine.reading import glimpse
 from optmem.errors import SourceNotFoundError
 from optmem.model.config_json import public_config
 from optmem.model.model import Model
@@ -89,7 +88,7 @@ class Reader:
 
     def drafted(self):
         if self.is_trained:
-            seen = [glimpse(self.engine.model.glance, page.features) for page in self.tokens]
+            seen = [self.engine.model.glance.read(page.features) for page in self.tokens]
             return [draft_page(page.prefix, one, self.tokenizer, None, COLUMNS) for page, one in zip(self.asked, seen, strict=True)]
         return [replace(page, draft=self.imagined(rows).__getitem__) for page, rows in zip(self.asked, self.answers, strict=True)]
 
@@ -111,7 +110,7 @@ class Reader:
 
     def ways(self, way):
         if way == "glance":
-            return [glimpse(self.engine.model.glance, page.features) for page in self.tokens] and self.answers
+            return [self.engine.model.glance.read(page.features) for page in self.tokens] and self.answers
         if way == "draft and verify":
             return self.read(self.drafted())
         if way == "greedy, a page's rows":

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optmem.pages import symbols
+from optmem.text.characters import ALPHABET
 
 
 @given(st.integers(0, 0x10FFFF))
@@ -69,3 +70,13 @@ def test_marks_read_back():
 
 def test_a_label_reads_as_its_words_even_where_they_look_like_escapes():
     assert symbols.read_symbols(symbols.inverse("[U+41 ^M]") + "[U+41 ^M]") == "[U+41 ^M][U+41 ^M]"
+
+
+def test_an_escape_that_names_no_character_stays_what_it_says():
+    assert symbols.read_symbols(symbols.inverse("U+110000") + "a") == "U+110000a"
+    assert symbols.read_symbols(symbols.inverse("U+" + "F" * 5000)) == "U+" + "F" * 5000
+
+
+@given(st.text(st.sampled_from(ALPHABET)))
+def test_no_symbols_are_too_strange_to_be_read(said):
+    assert isinstance(symbols.read_symbols(said), str)

@@ -16,6 +16,7 @@ symbols of a page back into exactly the text that was put in.
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 
 LINE_END = "\ue000"
@@ -68,12 +69,16 @@ def _meaning(said: re.Match[str]) -> str:
     if said["control"]:
         return chr(ord(plain(said["control"])) ^ 0x40)
     if said["code"]:
-        return chr(int(plain(said["code"]), 16))
+        code = int(plain(said["code"]), 16)
+        return chr(code) if code <= sys.maxunicode else plain(said[0])  # a reader may misread a digit: what it said is kept
     if said["label"]:
         return plain(said["label"])
     return {LINE_END: "\n", TAB: "\t"}.get(said["mark"], "")
 
 
 def read_symbols(symbols: str) -> str:
-    """The text that these symbols say: the inverse of drawing.  Reads up to the end-of-text mark if there is one."""
+    """The text that these symbols say: the inverse of drawing.  Reads up to the end-of-text mark if there is one.
+
+    Symbols that no drawing makes, as a reader may say them, are read as well as they can be, and never raise.
+    """
     return _SAID.sub(_meaning, symbols.split(TEXT_END, 1)[0])
