@@ -234,6 +234,23 @@ def test_a_training_can_be_stopped_and_goes_on(tmp_path):
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
 
 
+def test_a_training_can_start_from_a_model():
+    taught, new = Parts(tiny_nano(), seed=3), Parts(tiny_nano(), seed=4)
+    new.start_from(Model(tiny_nano(), taught.weights(), TOKENIZER))
+    for name, value in taught.weights().items():
+        assert_equal(new.weights()[name], value)
+    with pytest.raises(InputError, match="another shape"):
+        Parts(replace(tiny_nano(), glance=GlanceConfig(code=4, width=16))).start_from(
+            Model(tiny_nano(), taught.weights(), TOKENIZER)
+        )
+
+
+def test_a_batch_can_be_so_many_pages_of_one_side():
+    stage = encoder_stage(batch=8, batch_side=256)
+    assert [stage.pages_at_once(form) for form in (SMALL, Form(256), Form(512, view=128), Form(2048))] == [16, 8, 16, 1]
+    assert encoder_stage(batch=8).pages_at_once(SMALL) == 8
+
+
 def test_every_stage_leaves_a_model_that_loads(tmp_path):
     trainer = Trainer(Parts(tiny_nano()), tiny_recipe(replace(encoder_stage(), steps=1)), FEED, Run(tmp_path))
     trainer.train()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from optmem.errors import CheckpointError, InputError, SourceNotFoundError
+from optmem.errors import BackendError, CheckpointError, InputError, SourceNotFoundError
 from optmem.files import checkpoint_folder, read_json
 from optmem.model.config_json import CONFIG
 from optmem.model.encoder import Encoder
@@ -43,9 +43,19 @@ def find_checkpoint(name: str | os.PathLike[str]) -> Path:
                 f"this copy of optmem comes without the checkpoint {name!r}: train one (optmem train) and give its folder instead"
             )
         return shipped
-    if isinstance(name, str) and not Path(name).exists():
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"a checkpoint is a folder, or one that is shipped ({', '.join(SHIPPED)}), got {name!r}")
+    if isinstance(name, str) and not _is_there(name):
         raise SourceNotFoundError(f"there is no checkpoint {name!r}: give a folder, or one that is shipped: {', '.join(SHIPPED)}")
     return checkpoint_folder(name)
+
+
+def _is_there(name: str) -> bool:
+    """Whether a name is that of a file or folder; the empty one, which would be the present folder, is not."""
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):  # too long for any file, or with a zero byte
+        return False
 
 
 def read_temperatures(folder: Path) -> Temperatures | None:
@@ -56,8 +66,8 @@ def read_temperatures(folder: Path) -> Temperatures | None:
     if found is None:
         return None
     values = [found.get(f"{part}_temperature") for part in ("decoder", "glance")] if isinstance(found, dict) else []
-    checked = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    checked = [value for value in checked if COLDEST <= value <= HOTTEST]  # and so not NaN
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    checked = [float(value) for value in numbers if COLDEST <= value <= HOTTEST]  # and so not NaN, nor too large for a float
     if len(checked) != 2:
         wanted = f"decoder_temperature and glance_temperature, numbers from {COLDEST} to {HOTTEST}"
         raise CheckpointError(f"{FIDELITY}: calibration must have {wanted}, got {str(found)[:80]}")
@@ -65,13 +75,19 @@ def read_temperatures(folder: Path) -> Temperatures | None:
 
 
 def choose_device(device: torch.device | str) -> torch.device:
-    """ "auto" is a GPU where there is one.  Raises InputError for what is no device."""
+    """ "auto" is a GPU where there is one.  Raises InputError for what is no device, BackendError for a GPU that is not here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if count else "cpu")
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InputError(f"device must be auto, cpu, cuda or cuda:<number>, got {device!r}") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:<number>, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise BackendError(f"there is no device {device}: torch finds {count} GPUs here; use cpu")
+    return chosen
 
 
 def choose_dtype(dtype: torch.dtype | str) -> torch.dtype | None:

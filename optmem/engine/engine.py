@@ -20,7 +20,7 @@ from optmem.images import as_image, is_whole
 from optmem.model.glance import Glance
 from optmem.model.model import Model
 from optmem.model.nano import MAX_ROW, PageRows, draft_page, embed_prefix, read_pages
-from optmem.pixels import Mode, make_views
+from optmem.pixels import Mode, Views, make_views
 from optmem.text.characters import CharacterTokenizer
 
 NARROWEST = 4  # pixels of a character: no reader tells narrower ones apart
@@ -84,13 +84,17 @@ class Engine:
         """
         encoded: list[VisionTokens] = []
         for some in _parts(_pictures(images)):
-            pixels = [as_image(picture) for picture in some]
-            modes = [choose_mode(self.model.config, mode, *picture.shape[:2]) for picture in pixels]
-            views = [make_views(picture, chosen) for picture, chosen in zip(pixels, modes, strict=True)]
-            features = self.model.encode(views)
-            for chosen, view, found in zip(modes, views, features, strict=True):
-                encoded.append(VisionTokens(found, chosen, view.grid, self.encoder_fingerprint))
+            shown = [self._show(picture, mode) for picture in some]
+            features = self.model.encode([views for _, views in shown])
+            for (chosen, views), found in zip(shown, features, strict=True):
+                encoded.append(VisionTokens(found, chosen, views.grid, self.encoder_fingerprint))
         return encoded
+
+    def _show(self, picture: object, mode: Mode | str | None) -> tuple[Mode, Views]:
+        """A picture's mode and views; the picture itself, which may be a hundred times as large, is not held."""
+        pixels = as_image(picture)
+        chosen = choose_mode(self.model.config, mode, *pixels.shape[:2])
+        return chosen, make_views(pixels, chosen)
 
     # --- vision tokens to text ----------------------------------------------------------------------------------------------
 
@@ -168,6 +172,8 @@ class Engine:
         """Every page's tokens on the engine's device and in its type."""
         place, dtype = self.device, self.model.decoder.dtype
         pages: Iterable[object] = (tokens,) if isinstance(tokens, VisionTokens) else tokens
+        if not isinstance(pages, Iterable):
+            raise InputError(f"decode and glance take VisionTokens or an iterable of them, got {type(tokens).__name__}")
         for page in pages:
             if isinstance(page, list | tuple):
                 raise InputError("pages that are read together are for the public models; nano reads a list of single pages")
@@ -199,6 +205,8 @@ def _row_numbers(rows: Iterable[int] | None, names: int, *, most: int) -> list[i
     """Rows as a list; more than the model has names for are refused before a long range is listed."""
     if rows is None:
         return None
+    if not isinstance(rows, Iterable):
+        raise InputError(f"rows are an iterable of numbers, such as range(12, 15), or None, got {rows!r}")
     wanted = list(islice(rows, most + 1))
     wrong = [row for row in wanted if not (is_whole(row) and 0 <= row < names)]
     if wrong or len(wanted) > most:

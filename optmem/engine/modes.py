@@ -23,11 +23,12 @@ def _own(config: ModelConfig, height: int, width: int) -> Mode:
     sides = {mode.size: mode for mode in known.values() if not mode.is_tiled}
     if height == width and height in sides:
         return sides[height]
-    if height == width and height % PIXELS_PER_TOKEN == 0 and config.family == "nano":
+    if height == width <= max(sides, default=0) and height % PIXELS_PER_TOKEN == 0 and config.family == "nano":
         return find_mode(f"square {height}")
     if config.family == "deepseek-ocr-2":
         return known["ocr2"]
-    allowed = "a square of a multiple of 64 pixels" if config.family == "nano" else f"a square of {sorted(sides)} pixels"
+    multiples = f"a square of a multiple of 64 pixels up to {max(sides)}"  # beyond, attention over one picture takes hours
+    allowed = multiples if config.family == "nano" else f"a square of {sorted(sides)} pixels"
     raise InputError(f"a picture of {width}x{height} pixels is not {allowed}: say in which mode to show it, such as mode='small'")
 
 

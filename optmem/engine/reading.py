@@ -60,10 +60,14 @@ def _reason(rows: Sequence[Row], kept: Sequence[Row]) -> FinishReason:
 
 
 def saw(seen: Glimpse, tokenizer: CharacterTokenizer, rows: Sequence[int] | None = None) -> Glanced:
-    """A glimpse as text: these rows of it, or all down to the end of the text."""
+    """A glimpse as text: these rows of it, or all down to the end of the text: the first row that begins with it.
+
+    A cell taken for the end in the middle of a row ends that row, and hides nothing below it: no text ends there.
+    """
     found = [_seen_row(number, seen, tokenizer) for number in (range(len(seen.ids)) if rows is None else rows)]
     if rows is None:
-        found = found[: next((at + 1 for at, row in enumerate(found) if row.ended_by == "end"), len(found))]
+        below = (at + 1 for at, row in enumerate(found) if row.ended_by == "end" and not row.ids)
+        found = found[: next(below, len(found))]
     ids = tuple(token for row in found for token in row.ids)
     probabilities = tuple(value for row in found for value in row.probabilities[: len(row.ids)])
     drawn = _row_symbols(found, tokenizer)

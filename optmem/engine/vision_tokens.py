@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -24,6 +25,7 @@ FORMAT = "optmem vision tokens 1"
 FEATURES = "features"
 MAX_TOKENS = 1 << 16  # of one picture; 1,156 are the most that a public mode has
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+LARGEST = 65504.0  # fp16's: what is larger, no encoder made, and norms over it are infinite
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _NAMES = {"format", "mode", "grid", "encoder"}
 
@@ -38,6 +40,9 @@ class VisionTokens:
     encoder: str  # fingerprint of the encoder that made them, 32 hexadecimal digits
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.features, Tensor) and isinstance(self.mode, Mode) and isinstance(self.encoder, str)):
+            given = f"{type(self.features).__name__}, {type(self.mode).__name__} and {type(self.encoder).__name__}"
+            raise InputError(f"vision tokens have a tensor of features, a Mode and an encoder's fingerprint, got {given}")
         wanted = self.mode.paper_tokens(self.grid)
         if self.features.dim() != 2 or self.features.shape[0] != wanted:
             columns, rows = self.grid
@@ -64,27 +69,38 @@ class VisionTokens:
         return self.mode.fed_tokens(self.grid)
 
     def check_fits(self, hidden: int, encoder: str) -> None:
-        """Raises InputError where a decoder of this width, trained with this encoder, cannot read them, or they are not finite."""
+        """Raises InputError where a decoder of this width, trained with this encoder, cannot read them, or they are not sane."""
         if self.hidden != hidden:
             raise InputError(f"these vision tokens are {self.hidden} wide, this model's are {hidden}: they are of another model")
         if self.encoder != encoder:
             raise InputError(
                 f"these vision tokens are of the encoder {self.encoder[:8]}, this model has {encoder[:8]}: encode the picture again"
             )
-        if not all_finite(self.features):
-            raise InputError("these vision tokens hold NaN or infinite values: encode the picture again")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        if not all_finite(self.features) or (self.features.numel() and self.features.abs().max() > LARGEST):
+            raise InputError(f"these vision tokens hold NaN or infinite values, or some above {LARGEST:g}: encode the picture again")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a file, which appears complete or not at all; one that is there is replaced.  Raises OutputError."""
+        """Write them to a file, which appears complete or not at all; one that is there is replaced.
+
+        Raises OutputError where it cannot be written, InputError for values that could not be read back.
+        """
+        self._check_values()
         target = Path(path)
+        if not target.name or "\0" in target.name:
+            raise OutputError(f"{str(path)!r} is no name of a file to write vision tokens to")
         metadata = {"format": FORMAT, "mode": json.dumps(asdict(self.mode)), "grid": json.dumps(self.grid), "encoder": self.encoder}
-        unfinished = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.unfinished")
+        unfinished = target.with_name(f".{secrets.token_hex(8)}.unfinished")
         try:
             write_file(unfinished, {FEATURES: self.features}, metadata)
             unfinished.replace(target)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             raise OutputError(f"cannot write {target.name}: {error.strerror or error}") from None
+        finally:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> VisionTokens:

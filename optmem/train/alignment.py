@@ -13,11 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from optmem.errors import InputError
 from optmem.model.config import ModelConfig
 from optmem.model.decoder import Decoder, Layer, MixtureOfExperts
 from optmem.model.encoder import Encoder
 from optmem.model.glance import Glance, ReadOut
 from optmem.model.layout import PLACE_WIDTH
+from optmem.model.model import Model
 
 READING = (1, 2)  # the layers that look at vision tokens, by supervision
 CURSORS = (0, 1, 2)  # the layers that must know where the next symbol stands
@@ -52,6 +54,18 @@ class Parts(nn.Module):
             self.glance, self.helpers = Glance(config.glance, config.decoder), Helpers(config)
             begin_encoder(self.encoder)
             begin_decoder(self.decoder)
+
+    @torch.no_grad()
+    def start_from(self, model: Model) -> None:
+        """Copies the weights of a trained model, to go on from there.  The helpers, which are not shipped, begin anew.
+
+        Raises InputError where the model is of another shape.
+        """
+        theirs = model.weights()
+        for name, value in self.weights().items():
+            if name not in theirs or theirs[name].shape != value.shape:
+                raise InputError(f"cannot start from this model: {name!r} is not there or of another shape")
+            value.copy_(theirs[name])
 
     def weights(self) -> dict[str, Tensor]:
         """What is shipped, by the names of the checkpoint."""

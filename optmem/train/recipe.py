@@ -39,6 +39,7 @@ class Stage:
     begins: str = ""  # "graft" plants the glance into the experts
     pages: tuple[Form, ...] = (Form(256, "8x16"),)
     batch: int = 32  # pages
+    batch_side: int = 0  # pixels: so many pages of this side, and of others in proportion to their rows' length; 0: of all
     spots: int = 256  # cells of a page that the read-outs are asked for
     stretches: int = 0  # of a page, for the decoder
     document: float = 0.0  # share of batches whose stretches are several rows where they stand in the document
@@ -54,8 +55,13 @@ class Stage:
         _check(self.trains in TRAINED, f"stage {self.name!r}: trains must be one of {', '.join(TRAINED)}, got {self.trains!r}")
         _check(self.begins in BEGINNINGS, f"stage {self.name!r}: begins must be 'graft' or nothing, got {self.begins!r}")
         _check(min(self.batch, self.spots) > 0 and self.stretches >= 0, f"stage {self.name!r}: batch and spots must be positive")
+        _check(self.batch_side >= 0, f"stage {self.name!r}: batch_side must be 0 or pixels, got {self.batch_side}")
         _check(sum(form.share for form in self.pages) > 0, f"stage {self.name!r} has no pages")
         _check(0 <= self.cooldown <= 1, f"stage {self.name!r}: cooldown must be 0 to 1, got {self.cooldown}")
+
+    def pages_at_once(self, form: Form) -> int:
+        """How many pages of a form make a batch."""
+        return max(1, round(self.batch * self.batch_side / form.side)) if self.batch_side else self.batch
 
     def pace(self, step: int, progress: float) -> float:
         """The factor on all rates at a step, the share `progress` of the stage being over."""

@@ -10,8 +10,10 @@ import click
 import torch
 from tqdm import tqdm
 
+from optmem.engine.checkpoint import find_checkpoint
 from optmem.errors import InputError
 from optmem.model.config_json import public_config
+from optmem.model.model import Model
 from optmem.train.alignment import Parts
 from optmem.train.corpus import open_corpus
 from optmem.train.feed import SynthFeed
@@ -32,13 +34,14 @@ def register(cli: click.Group) -> None:
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--start", help="A checkpoint to begin with: nano, or a folder.  [default: from nothing]")
 @click.option("--minutes", type=float, help="All stages together; each keeps its share.  [default: the recipe's]")
 @click.option("--device", default="cpu", show_default=True, help="Where to train: cpu or cuda.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Of torch on CPU; 0 is every core.")
 @click.option(
     "--corpus", type=click.Path(path_type=Path, file_okay=False), default=CORPUS, show_default=True, help="Text; made when missing."
 )
-def train(recipe: Path, folder: Path, minutes: float | None, device: str, threads: int, corpus: Path) -> None:
+def train(recipe: Path, folder: Path, start: str | None, minutes: float | None, device: str, threads: int, corpus: Path) -> None:
     """Train a reader by RECIPE in FOLDER, or go on with the training that is there.
 
     FOLDER gets log.jsonl, curves.svg, the state to go on from, and after each stage model-<stage>, a checkpoint to load.
@@ -55,6 +58,8 @@ def train(recipe: Path, folder: Path, minutes: float | None, device: str, thread
         click.echo(f"collecting text in {text}: a minute or two, once", err=True)
     with Bar(plan) as bar:
         parts, feed = Parts(public_config("nano"), plan.seed), SynthFeed(open_corpus(text))
+        if start is not None:
+            parts.start_from(Model.load(find_checkpoint(start)))
         trainer = Trainer(parts, plan, feed, Run(folder), device=device, watch=bar.show)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: trainer.stop())

@@ -128,7 +128,7 @@ class Trainer:
                     self.place,
                     step=self.place.step + 1,
                     seconds=self.place.seconds + now - start,
-                    pages=self.place.pages + stage.batch,
+                    pages=self.place.pages + len(labels.pixels),
                     taken=self.optimizer.taken,
                 )
                 self.watch(self, stage, found)
@@ -152,7 +152,7 @@ class Trainer:
         glance = self.parts.config.glance
         assert glance is not None, "only nano is trained here"
         return label(
-            self.feed.batch(form, stage.batch, seed, stage.mix),
+            self.feed.batch(form, stage.pages_at_once(form), seed, stage.mix),
             self.tokenizer,
             glance.cells,
             rng,
