@@ -216,7 +216,7 @@ def save_report(read: list[ReadBack], folder: Path, checkpoint: str) -> Path:
     """Writes the report and says where it is."""
     file = folder / "report.html"
     try:
-        file.write_text(write_report(read, checkpoint), encoding="utf-8")
+        file.write_text(write_report(read, checkpoint), encoding="utf-8", errors="replace")  # names of files may be any bytes
     except OSError as error:
         raise OutputError(f"cannot write {file}: {error.strerror or error}") from None
     return file

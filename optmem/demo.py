@@ -152,10 +152,10 @@ class ReadBack:
             "fed_tokens": self.fed_tokens,
             "ratio": round(self.text_tokens / self.fed_tokens, 2),
             "characters": sum(len(page.text()) for page in self.pages),
-            "fidelity": round(self.fidelity, 5),
+            "fidelity": _share(self.fidelity, 5),
             "exact_lines": exact,
             "lines": lines,
-            "confidence": round(self.confidence, 5),
+            "confidence": _share(self.confidence, 5),
             "accepted_length": round(self.accepted_length, 2),
             "encode_seconds": round(self.encode_seconds, 3),
             "decode_seconds": round(self.decode_seconds, 3),
@@ -170,9 +170,14 @@ class ReadBack:
         lines = f"{found['exact_lines']} of {found['lines']} lines exact"
         return (
             f"  {self.name}: {pages}{first}, {cost}; {seconds}\n"
-            f"    fidelity {self.fidelity:.4f} over {found['characters']:,} characters, {lines}, "
-            f"own confidence {self.confidence:.4f}, {self.accepted_length:.1f} tokens a pass"
+            f"    fidelity {_share(found['fidelity'], 4):.4f} over {found['characters']:,} characters, {lines}, "
+            f"own confidence {_share(found['confidence'], 4):.4f}, {found['accepted_length']:.1f} tokens a pass"
         )
+
+
+def _share(value: float, digits: int) -> float:
+    """Rounded, but what is not all is not rounded to all."""
+    return min(round(value, digits), 1 - 10.0**-digits) if value < 1 else value
 
 
 def read_back(engine: Engine, given: Given) -> ReadBack:

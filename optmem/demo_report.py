@@ -73,7 +73,7 @@ def _shown(symbol: str) -> str:
 
 
 def _read(drawn: Sequence[str], done: Completion) -> str:
-    rows = [row for row in done.rows if row.ids or row.ended_by != "end"]
+    rows = [row for row in done.rows if not row.is_below]
     said = zip(done.row_symbols, (row.probabilities for row in rows), strict=True)
     return "\n".join(_row(true or "", *(read or ("", ()))) for true, read in zip_longest(drawn, said))
 

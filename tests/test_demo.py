@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from optmem import paginate
-from optmem.cli import main
+from optmem.cli import main, save_report
 from optmem.demo import MOST_READ, ReadBack, read_back, sample
 from optmem.demo_report import write_report
 from optmem.engine import Engine
@@ -44,7 +44,7 @@ def perfect(text, wrong=lambda ids: ids, chance=1.0):
     for rows in drawn:
         said = [wrong([int(token) for token in TOKENIZER.ids_of(_codes(row))]) for row in rows]
         found = [Row(at, ids, [0.0] * (len(ids) + 1), "eol", [chance] * (len(ids) + 1)) for at, ids in enumerate(said)]
-        read.append(complete([*found, Row(len(rows), [], [0.0], "end", [1.0])], TOKENIZER, vision_tokens=74))
+        read.append(complete([*found, Row(len(rows), [], [0.0], "end", [1.0])], TOKENIZER, vision_tokens=74, side=512))
     return ReadBack("it", pages, drawn, read, 0, 100, 73 * len(pages), 0.1, 0.2)
 
 
@@ -102,6 +102,20 @@ def test_mistakes_are_counted_and_shown():
     assert 'title="0.250"' in html
 
 
+def test_what_is_not_all_is_not_rounded_to_all(monkeypatch):
+    read = perfect("one\n", chance=0.9999999)
+    monkeypatch.setattr(ReadBack, "fidelity", property(lambda _: 0.999999))
+    assert "fidelity 0.9999 over" in read.describe()
+    assert "own confidence 0.9999," in read.describe()
+    assert read.summary()["fidelity"] == read.summary()["confidence"] == 0.99999
+
+
+def test_a_source_may_have_any_name_that_a_file_has(tmp_path):
+    read = replace(perfect("one"), name="caf\udce9 <b>")  # how Python gives a name that is not UTF-8
+    html = save_report([read], tmp_path, "nano").read_text(encoding="utf-8")
+    assert "<h2>caf? &lt;b&gt;</h2>" in html
+
+
 def test_a_report_needs_nothing_else():
     html = write_report([perfect(HOSTILE), perfect("more")], "nano")
     assert all(link.startswith("data:image/png;base64,") for link in Page(html).links)
@@ -113,7 +127,7 @@ def test_names_among_symbols_and_missing_rows_do_not_break_a_report():
     read = perfect("one\ntwo\n", lambda ids: [0, *ids, 3])
     assert read.fidelity == 1.0
     assert write_report([read], "nano")
-    lost = replace(read, read=[complete([], TOKENIZER, vision_tokens=74)])
+    lost = replace(read, read=[complete([], TOKENIZER, vision_tokens=74, side=512)])
     assert lost.fidelity == 0
     assert lost.lines == (0, 3)
     assert Page(write_report([lost], "nano")).tags.count("s") > 8

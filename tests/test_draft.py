@@ -12,7 +12,7 @@ from optmem.errors import InputError
 from optmem.model.cache import Cache
 from optmem.model.draft import PATIENCE, Stream, accept, advance
 from optmem.model.glance import Glimpse
-from optmem.model.nano import BLOCK, CellDraft, PageRows, draft_page, embed_prefix, read_pages, read_rows
+from optmem.model.nano import BLOCK, CellDraft, PageRows, draft_page, embed_prefix, join_rows, read_pages, read_rows
 from optmem.pixels import find_mode
 from optmem.testing import generator
 from optmem.text.characters import END, EOL, MAX_ROWS
@@ -268,6 +268,16 @@ def test_a_page_without_end_takes_bounded_work():
     (rows,) = read_pages(script, [PageRows(script.prefix(0), max_symbols=7)], TOKENIZER)
     assert [len(row.ids) for row in rows] == [8] * MAX_ROWS
     assert {row.ended_by for row in rows} == {"length"}
+
+
+def test_an_end_said_inside_a_row_ends_that_row_and_not_the_page():
+    text = lines(40)
+    text[3] = [500, 501, END_ID, 502]
+    script = Script([text])
+    (rows,) = read_pages(script, [PageRows(script.prefix(0), max_symbols=20)], TOKENIZER)
+    assert [row.ids for row in rows] == [*text[:3], [500, 501], *text[4:], []]
+    assert [row.number for row in rows if row.is_below] == [40]
+    assert join_rows(rows, TOKENIZER) == TOKENIZER.text(token for row in rows for token in row.ids)
 
 
 def glimpse(cells):

@@ -1,6 +1,7 @@
 """The engine: vision tokens that travel and are refused where they do not fit, rows and glances as text, one door for it all."""
 
 import json
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from optmem import Engine, VisionTokens
 from optmem.engine.checkpoint import FIDELITY, Temperatures, find_checkpoint, read_temperatures
 from optmem.engine.modes import choose_mode
 from optmem.engine.reading import complete, saw
-from optmem.errors import CheckpointError, InputError, OptmemError, OutputError, SourceNotFoundError
+from optmem.errors import BackendError, CheckpointError, InputError, OptmemError, OutputError, SourceNotFoundError
 from optmem.model.config_json import public_config
 from optmem.model.glance import Glimpse
 from optmem.model.model import Model
@@ -26,7 +27,7 @@ from optmem.model.tensor_file import write_file
 from optmem.pages import Page, read_symbols
 from optmem.pixels import MODES, NO_TILES, Mode, find_mode
 from optmem.testing import assert_equal
-from optmem.text.characters import END, EOL, MAX_ROWS
+from optmem.text.characters import END, EOL, MAX_ROWS, CharacterTokenizer, characters_json
 
 from .test_nano import TOKENIZER, pages, tiny_model
 
@@ -67,7 +68,7 @@ def true_rows(page: Page) -> list[Row]:
 @given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("ab \n\t\x07é漢\ue000\ue05b—"))))
 def test_a_page_read_without_fault_is_its_text(text):
     drawn = optmem.paginate(text)
-    read = [complete(true_rows(page), TOKENIZER, vision_tokens=74) for page in drawn]
+    read = [complete(true_rows(page), TOKENIZER, vision_tokens=74, side=512) for page in drawn]
     assert optmem.document_text(read) == "".join(page.text() for page in drawn) == text
     if len(drawn) == 1:
         assert read[0].text == text
@@ -77,7 +78,7 @@ def test_a_page_read_without_fault_is_its_text(text):
 def test_long_and_hostile_texts_come_back_over_pages():
     text = "".join(f"{at} 漢字 é\x07 [user Ada] <row_3> \ue001 {'x' * (at % 90)}\n" for at in range(300))
     drawn = optmem.paginate(text)
-    read = [complete(true_rows(page), TOKENIZER, vision_tokens=74) for page in drawn]
+    read = [complete(true_rows(page), TOKENIZER, vision_tokens=74, side=512) for page in drawn]
     assert len(drawn) > 5
     assert optmem.document_text(read) == text
     same = [done.text == page.text() for done, page in zip(read, drawn, strict=True)]
@@ -87,7 +88,7 @@ def test_long_and_hostile_texts_come_back_over_pages():
 def test_labels_of_a_chat_come_back():
     chat = [{"role": "user", "content": "[user] says\thi — 漢"}, {"role": "assistant", "content": "ok\n"}]
     drawn = optmem.paginate(chat)
-    assert complete(true_rows(drawn[0]), TOKENIZER, vision_tokens=74).text == drawn[0].text()
+    assert complete(true_rows(drawn[0]), TOKENIZER, vision_tokens=74, side=512).text == drawn[0].text()
 
 
 def test_a_glance_without_fault_is_the_text():
@@ -102,6 +103,14 @@ def test_a_glance_without_fault_is_the_text():
     assert saw(Glimpse(ids, torch.ones(ids.shape), (16, 8), 1.0), TOKENIZER, [1, 99]).text == "\tzwei é\n"
 
 
+def test_an_end_seen_inside_a_row_hides_nothing_below_it():
+    ids = torch.tensor([TOKENIZER.encode("abcd"), TOKENIZER.encode("efgh"), [END_ID] * 4])
+    ids[0, 2] = END_ID
+    seen = saw(Glimpse(ids, torch.ones(ids.shape), (16, 8), 1.0), TOKENIZER)
+    assert seen.text == "abefgh"
+    assert [row.ended_by for row in seen.rows] == ["end", "eol", "end"]
+
+
 # --- what a completion says ---------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +121,7 @@ def row(number, text, ended_by="eol", chance=0.5):
 
 
 def test_a_completion_counts_what_was_said():
-    done = complete([row(0, "ab\n"), row(1, "c", chance=1.0), row(2, "", "end")], TOKENIZER, vision_tokens=74)
+    done = complete([row(0, "ab\n"), row(1, "c", chance=1.0), row(2, "", "end")], TOKENIZER, vision_tokens=74, side=512)
     assert (done.text, done.finish_reason) == ("ab\nc", "stop")
     assert done.token_ids[-3:] == (*TOKENIZER.encode("c"), EOL_ID, END_ID)
     assert (done.prompt_tokens, done.output_tokens) == (77, 7)
@@ -132,16 +141,19 @@ def test_a_completion_counts_what_was_said():
 )
 def test_no_more_tokens_are_kept_than_asked_for(most, text, count, reason):
     rows = [row(0, "ab\n"), row(1, "c"), row(2, "", "end")]
-    done = complete(rows, TOKENIZER, vision_tokens=74, most=most)
+    done = complete(rows, TOKENIZER, vision_tokens=74, side=512, most=most)
     assert (done.text, done.output_tokens, done.finish_reason) == (text, count, reason)
     assert len(done.logprobs) == len(done.probabilities) == count
 
 
 def test_a_page_that_does_not_end_is_not_finished():
-    assert complete([row(0, "aa", "length")], TOKENIZER, vision_tokens=1).finish_reason == "length"
+    assert complete([row(0, "aa", "length")], TOKENIZER, vision_tokens=1, side=512).finish_reason == "length"
     full = [row(at, "a") for at in range(MAX_ROWS)]
-    assert complete(full, TOKENIZER, vision_tokens=1).finish_reason == "length"
-    assert complete([], TOKENIZER, vision_tokens=1).confidence == 1
+    found = {side: complete(full, TOKENIZER, vision_tokens=1, side=side).finish_reason for side in (1024, 1280)}
+    assert found == {1024: "stop", 1280: "length"}  # 128 rows are all that 1024 pixels can have
+    fewer = CharacterTokenizer(characters_json(rows=4))
+    assert [complete(full[:count], fewer, vision_tokens=1, side=64).finish_reason for count in (3, 4)] == ["stop", "length"]
+    assert complete([], TOKENIZER, vision_tokens=1, side=512).confidence == 1
 
 
 # --- vision tokens ------------------------------------------------------------------------------------------------------------
@@ -175,6 +187,9 @@ def test_vision_tokens_come_back_from_their_file(tmp_path, dtype):
         ({"features": torch.zeros(4, 32).to_sparse()}, "must be dense"),
         ({"grid": (3, 1)}, "tiles"),
         ({"encoder": "../../etc"}, "32 hexadecimal digits"),
+        ({"encoder": None}, "fingerprint, got NoneType"),
+        ({"features": [[0.0]]}, "features, .*, got list"),
+        ({"mode": "tiny"}, "features, .*, got str"),
     ],
 )
 def test_vision_tokens_are_what_their_mode_says(change, message):
@@ -244,8 +259,13 @@ def test_files_that_are_not_there(tmp_path):
         VisionTokens.load(tmp_path)
     with pytest.raises(OutputError, match="cannot write page"):
         tokens().save(tmp_path / "no" / "folder" / "page")
-    with pytest.raises(OutputError):
-        tokens().save("/proc/page")
+    for name in ("/proc/page", "", "a\0b"):
+        with pytest.raises(OutputError):
+            tokens().save(name)
+    with pytest.raises(InputError, match="NaN or infinite"):  # it could not be read back
+        tokens(fill=torch.nan).save(tmp_path / "page")
+    tokens().save(tmp_path / ("é" * 127))  # as long as a name may be
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # --- encode -------------------------------------------------------------------------------------------------------------------
@@ -267,6 +287,21 @@ def test_pictures_of_all_kinds_are_encoded(engine, tmp_path):
     assert_equal(engine.encode(iter(given))[5].features, engine.encode(page)[0].features)
 
 
+def test_pictures_are_not_held_while_others_are_read(engine, monkeypatch):
+    """Of 64 scans only what the encoder sees is kept."""
+    alive, most = [], []
+
+    def seen(picture):
+        pixels = np.full((512, 512), picture, dtype=np.uint8)
+        alive.append(weakref.ref(pixels))
+        most.append(sum(ref() is not None for ref in alive))
+        return pixels
+
+    monkeypatch.setattr("optmem.engine.engine.as_image", seen)
+    assert len(engine.encode([1, 2, 3, 4], mode="square 64")) == 4
+    assert max(most) <= 2
+
+
 def test_a_picture_is_encoded_as_it_would_be_alone(engine):
     sizes = [128, 192, 128, 64, 192]
     pictures = [grey(1, side)[0] for side in sizes]
@@ -282,6 +317,8 @@ def test_a_mode_is_the_pages_own_or_the_one_asked_for(engine):
     assert engine.encode(np.zeros((512, 512), dtype=np.uint8))[0].mode == MODES["tiny"]
     with pytest.raises(InputError, match="200x100 pixels is not a square of a multiple of 64"):
         engine.encode(wide)
+    with pytest.raises(InputError, match="multiple of 64 pixels up to 1280"):  # hours of attention are asked for by name
+        engine.encode(np.zeros((8192, 8192), dtype=np.uint8))
     with pytest.raises(InputError, match="nano sees a page in one view"):
         engine.encode(wide, mode="gundam")
     with pytest.raises(InputError, match="mode must be one of"):
@@ -371,7 +408,9 @@ def test_a_glance_has_a_chance_for_every_character(engine):
     assert len(seen.token_ids) == len(seen.probabilities)
     assert all(0 < chance <= 1 for chance in seen.probabilities)
     assert seen.text == TOKENIZER.text(seen.token_ids)
-    assert engine.glance(engine.encode(grey(1)), rows=[0, 1])[0].rows == seen.rows[:2] or len(seen.rows) < 2
+    rows = [row.number for row in seen.rows]
+    assert engine.glance(engine.encode(grey(1)), rows=rows)[0].rows == seen.rows
+    assert engine.glance(engine.encode(grey(1)), rows=[1, 0])[0].rows[1] == seen.rows[0]
 
 
 def test_temperatures_move_confidence_and_not_the_text(engine):
@@ -391,6 +430,7 @@ def test_temperatures_move_confidence_and_not_the_text(engine):
         ({"encoder": "1" * 32}, "of the encoder 11111111, this model has"),
         ({"features": torch.zeros(4, 48)}, "48 wide, this model's are 32"),
         ({"features": torch.full((4, 32), torch.nan)}, "NaN or infinite"),
+        ({"features": torch.full((4, 32), -3e38)}, "values above 65504"),  # infinite in bf16, and norms over it in any type
         ({"features": torch.zeros(4 + 2 * 1, 32), "mode": Mode("x", 128, 64, 2), "grid": (2, 1)}, "one view"),
     ],
 )
@@ -407,6 +447,7 @@ def test_tokens_that_do_not_fit_are_refused(engine, change, message):
         ({"rows": [128]}, "whole numbers from 0 to 127, got 128"),
         ({"rows": [True]}, "whole numbers from 0 to 127, got True"),
         ({"rows": iter(lambda: 3, 4)}, "more than 128 of them"),
+        ({"rows": 3}, "rows are an iterable of numbers"),
         ({"draft": "magic"}, "draft must be 'glance' or None"),
         ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number of at least 1"),
@@ -420,6 +461,9 @@ def test_settings_are_checked(engine, arguments, message):
 def test_what_is_no_page_is_refused(engine):
     with pytest.raises(InputError, match="take VisionTokens, as encode makes them, got ndarray"):
         engine.decode(grey(1))
+    for nothing in (None, 5):
+        with pytest.raises(InputError, match="VisionTokens or an iterable of them"):
+            engine.glance(nothing)
     with pytest.raises(InputError, match="read together are for the public models"):
         engine.decode([engine.encode(grey(2))])
 
@@ -465,7 +509,8 @@ def test_fp16_becomes_fp32_on_a_cpu(engine, tmp_path):
 @pytest.mark.parametrize(
     "content",
     ['{"calibration": 1}', '{"calibration": {}}', '{"calibration": {"decoder_temperature": 0, "glance_temperature": 1}}',
-     '{"calibration": {"decoder_temperature": true, "glance_temperature": 1}}', '{"calibration": NaN}', "[]", "\xff"],
+     '{"calibration": {"decoder_temperature": true, "glance_temperature": 1}}',
+     '{"calibration": {"decoder_temperature": 1, "glance_temperature": 1%s}}' % ("0" * 400), '{"calibration": NaN}', "[]", "\xff"],
 )  # fmt: skip
 def test_absurd_calibrations_are_refused(tmp_path, content):
     (tmp_path / FIDELITY).write_bytes(content.encode("latin-1"))
@@ -474,7 +519,14 @@ def test_absurd_calibrations_are_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("no-such", "there is no checkpoint 'no-such'"), (Path("/no/such"), "no folder 'such'")]
+    ("name", "message"),
+    [
+        ("no-such", "there is no checkpoint 'no-such'"),
+        (Path("/no/such"), "no folder 'such'"),
+        ("", "there is no checkpoint ''"),  # not the present folder
+        ("x" * 5000, "there is no checkpoint 'xxx"),
+        ("\0", "there is no checkpoint"),
+    ],
 )
 def test_a_checkpoint_that_is_not_there_is_named(name, message):
     with pytest.raises(SourceNotFoundError, match=message):
@@ -490,13 +542,21 @@ def test_the_shipped_checkpoint_is_found_or_said_to_be_missing():
             find_checkpoint("nano")
 
 
-@pytest.mark.parametrize("wrong", [{"device": "abacus"}, {"dtype": "int4"}, {"dtype": torch.int8}])
+@pytest.mark.parametrize("wrong", [{"device": "abacus"}, {"device": "meta"}, {"dtype": "int4"}, {"dtype": torch.int8}])
 def test_places_and_types_are_checked(engine, tmp_path, wrong):
     engine.model.save(tmp_path / "nano")
     with pytest.raises(InputError, match="must be auto"):
         Engine.from_pretrained(tmp_path / "nano", **wrong)
 
 
+def test_a_gpu_that_is_not_here_and_a_name_that_is_none_are_errors_of_ours(engine, tmp_path):
+    engine.model.save(tmp_path / "nano")
+    with pytest.raises(BackendError, match="there is no device cuda:99"):
+        Engine.from_pretrained(tmp_path / "nano", device="cuda:99")
+    with pytest.raises(InputError, match="a checkpoint is a folder"):
+        Engine.from_pretrained(None)
+
+
 def test_symbols_are_read_as_everywhere():
-    done = complete([row(0, "a\tb\x07\n")], TOKENIZER, vision_tokens=1)
+    done = complete([row(0, "a\tb\x07\n")], TOKENIZER, vision_tokens=1, side=512)
     assert done.text == read_symbols(done.symbols) == "a\tb\x07\n"

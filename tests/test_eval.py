@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from optmem.cli import main
-from optmem.errors import InputError
+from optmem.errors import InputError, OutputError
 from optmem.inputs import Given, read_input
 from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOneConfig
 from optmem.model.config_json import public_config
@@ -38,8 +38,8 @@ from optmem.train.evaluate_reading import (
     read_samples,
     said_logits,
 )
-from optmem.train.evaluate_report import save, table
-from optmem.train.fidelity import Cell, Tier, fingerprint
+from optmem.train.evaluate_report import rate, save, table
+from optmem.train.fidelity import Cell, Tier, fingerprint, write
 from optmem.train.sources import SOURCES
 from optmem.train.synth import Form
 
@@ -139,7 +139,20 @@ def test_forms_have_names(name):
     assert form_name(parse_form(name)) == name
 
 
-BAD_FORMS = ("", "512", "512:9x9", "512:8x16:512:1", "a:8x16", "512:8x16:x", "500:8x16", "512:8x16:100", "64000:8x16", "-64:8x16")
+BAD_FORMS = (
+    "",
+    "512",
+    "512:9x9",
+    "512:8x16:512:1",
+    "a:8x16",
+    "512:8x16:x",
+    "500:8x16",
+    "512:8x16:100",
+    "64000:8x16",
+    "-64:8x16",
+    f"{'9' * 5000}:8x16",
+    "٥١٢:8x16",
+)
 
 
 @pytest.mark.parametrize("name", BAD_FORMS)
@@ -158,6 +171,7 @@ def test_what_is_no_form_is_refused(name):
         {"kinds": ()},
         {"forms": (SMALL, SMALL)},
         {"kinds": ("json", "json")},
+        {"forms": (SMALL, Form(2048, "8x8", 1024))},  # 256 rows: those without a name would be neither read nor missed
     ],
 )
 def test_a_plan_that_measures_nothing_is_refused(wrong):
@@ -306,6 +320,7 @@ def test_the_file_is_what_its_schema_says(found, tmp_path):
     assert said["cells"][0]["fed_tokens"] == 2 * 3 + 1
     assert said["fidelity"][0]["score"] == pytest.approx(np.mean([cell["score"] for cell in said["cells"][:2]]))
     assert {"decoder_temperature", "glance_temperature", "decoder", "glance"} == set(said["calibration"])
+    assert said["calibration"]["glance"]["is_held_out"]
     assert all(0.2 <= said["calibration"][f"{part}_temperature"] <= 5 for part in ("decoder", "glance"))
     assert all(file.is_file() for file in files)
 
@@ -320,6 +335,33 @@ def test_charts_and_reports_name_what_they_show(found, tmp_path):
     for said in (written["report.md"], table(found)):
         assert all(name in said for name in ("128 px, 8x8, shown at 64", "characters", "blank page", "decoder, after"))
     assert found.model in written["report.md"]
+
+
+def test_nothing_is_rounded_to_all_or_to_nothing():
+    values = (None, 0, 0.00001, 0.5, 0.99999, 1)
+    assert [rate(value) for value in values] == ["–", ".0000", ".0001", ".5000", ".9999", "1.000"]
+
+
+def test_an_interval_without_width_is_not_shown_as_one(found):
+    perfect = replace(found, cells=tuple(replace(cell, score=1.0, low=1.0, high=1.0) for cell in found.cells))
+    assert "1.000 [3 alike]" in table(perfect)
+    assert "[1.000, 1.000]" not in table(perfect)
+
+
+def test_a_file_appears_complete_and_takes_any_name_of_a_text(tmp_path):
+    write(tmp_path / "new" / "report.md", "caf\udce9")  # how Python gives the name of a file that is not UTF-8
+    assert (tmp_path / "new" / "report.md").read_text() == "caf?"
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.md"]
+    with pytest.raises(OutputError, match=r"cannot write x\.json"):
+        write(tmp_path / "new" / "report.md" / "x.json", "")
+
+
+def test_a_perfect_reader_has_charts_too(found, tmp_path):
+    perfect = replace(found, cells=tuple(replace(cell, score=1.0) for cell in found.cells))
+    save(perfect, tmp_path)
+    chart = ET.parse(tmp_path / "fidelity.svg")
+    said = [node.text for node in chart.iter() if node.get("text-anchor") == "end"]
+    assert len(said) == len(set(said)) > 1
 
 
 def test_a_fingerprint_is_of_the_weights(nano):
@@ -361,6 +403,7 @@ def test_a_text_of_ones_own_is_measured(run, folder, tmp_path):
     assert [cell["kind"] for cell in said["cells"]] == ["mine.txt"]
     assert "tokens of another page" not in {control["name"] for control in said["controls"]}
     assert said["corpus"] is None
+    assert said["calibration"]["decoder"]["is_held_out"] is False
     assert "1 characters" in err
     assert "漢" in err
     assert json.loads((tmp_path / "r" / "fidelity.json").read_text()) == said
@@ -379,6 +422,7 @@ def test_a_text_of_ones_own_is_measured(run, folder, tmp_path):
         (["{folder}", "--text", "bytes.txt"], 65, "not UTF-8"),
         (["{folder}", "--text", "empty.txt", "--forms", "128:8x16"], 65, "is empty"),
         (["{folder}", "--text", "bytes.json"], 65, "not UTF-8"),
+        (["{folder}", "--out", "bytes.txt/there"], 73, "cannot write to"),
     ],
 )
 def test_mistakes_are_one_sentence(run, folder, tmp_path, arguments, code, said):

@@ -161,7 +161,15 @@ def test_bins_are_of_equal_mass_and_lose_nothing():
     assert sum(each.count for each in bins) == 1001
     assert {each.count for each in bins} == {66, 67}
     assert [each.confidence for each in bins] == sorted(each.confidence for each in bins)
-    assert calibrate(np.empty(0), np.empty(0, dtype=bool)).error == 0
+    nothing = calibrate(np.empty(0), np.empty(0, dtype=bool))
+    assert (nothing.error, nothing.silent, nothing.wrong_when_sure) == (None, None, None)  # saying nothing is no merit
+    assert silent_errors(np.array([0.5]), np.array([False])) == (0, None)
+
+
+def test_the_order_of_symbols_that_are_equally_sure_does_not_matter():
+    right = np.arange(3000) < 2970
+    for order in (right, right[::-1], np.random.default_rng(0).permutation(right)):
+        assert calibrate(np.full(3000, 0.99), order).error == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("truth", [0.5, 1.0, 2.0])
@@ -185,11 +193,12 @@ def test_no_temperature_without_errors():
 # --- charts
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.93, 1.0), (0, 31.5), (0.9999, 1.0)])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.93, 1.0), (0, 31.5), (0.9999, 1.0), (1.0, 1.0)])
 def test_ticks_are_round_and_reach_around(low, high):
     ticks = nice_ticks(low, high)
-    assert ticks[0] <= low < high <= ticks[-1]
+    assert ticks[0] <= low <= high <= ticks[-1]
     assert 2 <= len(ticks) <= 7
+    assert len({f"{tick:g}" for tick in ticks}) == len(ticks)
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
 
 

@@ -14,7 +14,7 @@ from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOn
 from optmem.model.config_json import public_config
 from optmem.model.glance import centres
 from optmem.model.model import Model
-from optmem.model.nano import Row, embed_prefix, join_rows, read_rows
+from optmem.model.nano import Row, count_rows, embed_prefix, join_rows, read_rows
 from optmem.pages import paginate, symbols
 from optmem.pages.alphabet import SYMBOLS
 from optmem.pixels import find_mode
@@ -192,10 +192,24 @@ def test_rows_without_a_name_are_refused(read):
     assert read_rows(*read, [], TOKENIZER) == []
 
 
-def test_text_stops_at_the_first_row_that_is_not_there():
+def test_rows_join_to_their_text():
     said = TOKENIZER.encode("ab\n")
-    rows = [Row(0, said, ended_by="eol"), Row(1, said, ended_by="eol"), Row(2, [], ended_by="end"), Row(3, said, ended_by="eol")]
-    assert join_rows(rows, TOKENIZER) == "ab\nab\n"
+    assert join_rows([Row(0, said, ended_by="eol"), Row(1, said, ended_by="eol"), Row(2, ended_by="end")], TOKENIZER) == "ab\nab\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [("", 0), (".", 1), ("v", 0), ("...vvv", 3), ("..v....vv", 7), ("..vvvv.v", 2), ("v..", 3), ("vvv.", 0), (".v", 1), ("v.", 0)],
+)
+def test_one_misread_row_takes_no_others_with_it(rows, count):
+    """. says something, v says that it is below the text."""
+    assert count_rows([row == "v" for row in rows]) == count
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_the_end_of_a_text_is_where_the_fewest_rows_contradict(below):
+    wrong = [sum(below[:at]) + sum(not row for row in below[at:]) for at in range(len(below) + 1)]
+    assert wrong[count_rows(below)] == min(wrong)
 
 
 def test_a_glance_reads_all_cells_or_some_rows():

@@ -64,8 +64,13 @@ def test_what_has_a_visible_form_is_drawable(char):
 
 
 def test_marks_read_back():
-    said = "a" + symbols.TAB + "b" + symbols.LINE_END + symbols.FILL + "漢" + symbols.WIDE_REST + symbols.TEXT_END + "rest"
+    said = "a" + symbols.TAB + "b" + symbols.LINE_END + symbols.FILL + "漢" + symbols.WIDE_REST + symbols.TEXT_END + "  "
     assert symbols.read_symbols(said) == "a\tb\n漢"
+
+
+def test_a_misread_end_of_text_hides_nothing():
+    assert symbols.read_symbols("a" + symbols.TEXT_END + "b" + symbols.TEXT_END) == "ab"
+    assert symbols.read_symbols("a" + symbols.TEXT_END + "b ") == "ab "
 
 
 def test_a_label_reads_as_its_words_even_where_they_look_like_escapes():

@@ -1,6 +1,8 @@
 """The trainer: labels that say what is drawn, losses that fall, and runs that resume as if they had never stopped."""
 
 import json
+import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from optmem.train.losses import Weights, score
 from optmem.train.muon import Optimizer, Rates, apart, orthogonal, takes_muon
 from optmem.train.recipe import Recipe, Stage, parse_recipe, read_recipe
 from optmem.train.synth import Form
+from optmem.train.train_command import stopped_by_signals
 from optmem.train.trainer import Run, Trainer, read_log
 
 TOKENIZER = CharacterTokenizer(characters_json())
@@ -222,6 +225,30 @@ def test_the_command_trains_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "model-second" in capsys.readouterr().out
     assert [line["stage"] for line in read_log(Path("run/log.jsonl"))] == ["first", "second"]
     assert json.loads(Path("run/state/state.json").read_text())["pages"] == 8
+
+
+def test_a_signal_ends_a_training_after_its_step_and_a_second_one_at_once(tmp_path):
+    trainer = Trainer(Parts(tiny_nano()), tiny_recipe(encoder_stage(steps=4, batch=2)), FEED, Run(tmp_path))
+    before = signal.getsignal(signal.SIGINT)
+    with stopped_by_signals(trainer):
+        signal.raise_signal(signal.SIGINT)
+        assert trainer.is_stopping
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with suppress(ZeroDivisionError), stopped_by_signals(trainer):
+        _ = 1 / 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_training_on_a_device_that_is_not_here_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("short.toml").write_text('[[stages]]\nname = "a"\nsteps = 1\npages = [{ size = 128 }]\n')
+    for device, code in (("cuda:99", 69), ("abacus", 65)):
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", "short.toml", "run", "--device", device])
+        assert leaving.value.code == code
+        assert device in capsys.readouterr().err
 
 
 def test_a_training_can_be_stopped_and_goes_on(tmp_path):

@@ -46,7 +46,9 @@ def find_checkpoint(name: str | os.PathLike[str]) -> Path:
     if not isinstance(name, str | os.PathLike):
         raise InputError(f"a checkpoint is a folder, or one that is shipped ({', '.join(SHIPPED)}), got {name!r}")
     if isinstance(name, str) and not _is_there(name):
-        raise SourceNotFoundError(f"there is no checkpoint {name!r}: give a folder, or one that is shipped: {', '.join(SHIPPED)}")
+        raise SourceNotFoundError(
+            f"there is no checkpoint {name[:200]!r}: give a folder, or one that is shipped: {', '.join(SHIPPED)}"
+        )
     return checkpoint_folder(name)
 
 
@@ -101,7 +103,7 @@ def choose_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """32 hexadecimal digits over all that vision tokens depend on, as bf16: the type they are computed in is none of it."""
+    """32 hexadecimal digits over all weights that vision tokens depend on, as bf16: the type they are computed in is none of it."""
     digest = hashlib.sha256()
     for name, weight in sorted(encoder.named_parameters()):
         if name not in _ASSEMBLY:

@@ -19,11 +19,10 @@ from optmem.errors import CheckpointError, InputError
 from optmem.images import as_image, is_whole
 from optmem.model.glance import Glance
 from optmem.model.model import Model
-from optmem.model.nano import MAX_ROW, PageRows, draft_page, embed_prefix, read_pages
+from optmem.model.nano import MAX_ROW, PageRows, draft_page, embed_prefix, longest_row, read_pages
 from optmem.pixels import Mode, Views, make_views
 from optmem.text.characters import CharacterTokenizer
 
-NARROWEST = 4  # pixels of a character: no reader tells narrower ones apart
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
 DraftName = Literal["glance"]
 T = TypeVar("T")
@@ -111,7 +110,7 @@ class Engine:
         rows         of every page; None is all down to the end of the text.  Rows below it add nothing
         draft        "glance": what a glance sees is verified in a few passes; None: token by token.  The answer is the same
         max_tokens   of a page, ends of rows counted; what lies behind is cut, and finish_reason is "length".  A page never takes
-                     more than 128 rows, and a row no more than 257 tokens, or one for every 4 pixels of the page
+                     more than 128 rows, and a row no more than 256 symbols, or one for every 4 pixels of the page, and its end
 
         Raises InputError for tokens of another encoder, rows that have no name, and models that do not read by rows.
         """
@@ -126,8 +125,9 @@ class Engine:
         for some in _parts(self._checked(tokens)):
             asked = [self._ask(page, wanted, tokenizer, glance if draft else None, max_tokens) for page in some]
             found = read_pages(self.model.decoder, asked, tokenizer, temperature=temperature)
-            for page, read in zip(asked, found, strict=True):
-                done.append(complete(read, tokenizer, vision_tokens=page.prefix.shape[0], most=max_tokens))
+            for page, question, read in zip(some, asked, found, strict=True):
+                vision_tokens, side = question.prefix.shape[0], page.mode.size
+                done.append(complete(read, tokenizer, vision_tokens=vision_tokens, side=side, most=max_tokens))
         return done
 
     def glance(self, tokens: VisionTokens | Iterable[VisionTokens], *, rows: Iterable[int] | None = None) -> list[Glanced]:
@@ -152,7 +152,7 @@ class Engine:
         max_tokens: int | None,
     ) -> PageRows:
         prefix = embed_prefix(self.model.encoder, self.model.decoder, page.features, page.mode, tokenizer)
-        most = min(MAX_ROW, page.mode.size // NARROWEST, MAX_ROW if max_tokens is None else max_tokens)
+        most = min(longest_row(page.mode.size), MAX_ROW if max_tokens is None else max_tokens)
         if glance is None:
             return PageRows(prefix, rows, max_symbols=most)
         return draft_page(prefix, glance.read(page.features), tokenizer, rows, most)

@@ -7,14 +7,19 @@ from math import log
 
 from optmem.engine.result import Completion, FinishReason, Glanced
 from optmem.model.glance import Glimpse
-from optmem.model.nano import Row
-from optmem.text.characters import END, EOL, MAX_ROWS, CharacterTokenizer
+from optmem.model.nano import Row, count_rows
+from optmem.text.characters import END, EOL, CharacterTokenizer
+
+LOWEST = 8  # pixels: no row of cells is lower
 
 
-def complete(rows: Sequence[Row], tokenizer: CharacterTokenizer, *, vision_tokens: int, most: int | None = None) -> Completion:
+def complete(
+    rows: Sequence[Row], tokenizer: CharacterTokenizer, *, vision_tokens: int, side: int, most: int | None = None
+) -> Completion:
     """Rows of one page, in order, as what was read of it.
 
     vision_tokens   what the page's prefix has, its start counted
+    side            of the page, in pixels
     most            tokens that are kept
 
     A row below the text says nothing, and the page ends with it only in so far as no row behind it was asked for.
@@ -28,7 +33,7 @@ def complete(rows: Sequence[Row], tokenizer: CharacterTokenizer, *, vision_token
         token_ids=tuple(token for tokens in said for token in tokens),
         logprobs=tuple(value for row in kept for value in row.logprobs),
         probabilities=tuple(value for row in kept for value in row.probabilities),
-        finish_reason=_reason(rows, kept),
+        finish_reason=_reason(rows, kept, tokenizer.num_rows, side),
         prompt_tokens=vision_tokens + len(kept),
         rows=tuple(kept),
         row_symbols=_row_symbols(kept, tokenizer),
@@ -53,21 +58,20 @@ def _cut(row: Row, count: int) -> Row:
     return Row(row.number, ids, logprobs, "length", probabilities, min(row.passes, count), min(row.accepted, count))
 
 
-def _reason(rows: Sequence[Row], kept: Sequence[Row]) -> FinishReason:
-    """Stopped where every row came to its end and, if the page has as many rows as have names, the text did as well."""
-    is_open = len(kept) == MAX_ROWS and kept[-1].ended_by != "end"
+def _reason(rows: Sequence[Row], kept: Sequence[Row], names: int, side: int) -> FinishReason:
+    """Stopped where every row came to its end and, if the page may have more rows than have names, the text did as well."""
+    is_open = side > LOWEST * names and len(kept) == names and not kept[-1].is_below
     return "length" if len(kept) < len(rows) or is_open or any(row.ended_by == "length" for row in kept) else "stop"
 
 
 def saw(seen: Glimpse, tokenizer: CharacterTokenizer, rows: Sequence[int] | None = None) -> Glanced:
-    """A glimpse as text: these rows of it, or all down to the end of the text: the first row that begins with it.
+    """A glimpse as text: these rows of it, or all down to the end of the text.
 
     A cell taken for the end in the middle of a row ends that row, and hides nothing below it: no text ends there.
     """
     found = [_seen_row(number, seen, tokenizer) for number in (range(len(seen.ids)) if rows is None else rows)]
     if rows is None:
-        below = (at + 1 for at, row in enumerate(found) if row.ended_by == "end" and not row.ids)
-        found = found[: next(below, len(found))]
+        found = found[: count_rows([row.is_below for row in found]) + 1]
     ids = tuple(token for row in found for token in row.ids)
     probabilities = tuple(value for row in found for value in row.probabilities[: len(row.ids)])
     drawn = _row_symbols(found, tokenizer)
@@ -76,7 +80,7 @@ def saw(seen: Glimpse, tokenizer: CharacterTokenizer, rows: Sequence[int] | None
 
 def _row_symbols(rows: Sequence[Row], tokenizer: CharacterTokenizer) -> tuple[str, ...]:
     """The symbols of every row that stands on the page."""
-    return tuple(tokenizer.symbols(row.ids) for row in rows if row.ids or row.ended_by != "end")
+    return tuple(tokenizer.symbols(row.ids) for row in rows if not row.is_below)
 
 
 def _seen_row(number: int, seen: Glimpse, tokenizer: CharacterTokenizer) -> Row:

@@ -40,9 +40,10 @@ class VisionTokens:
     encoder: str  # fingerprint of the encoder that made them, 32 hexadecimal digits
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.features, Tensor) and isinstance(self.mode, Mode) and isinstance(self.encoder, str)):
-            given = f"{type(self.features).__name__}, {type(self.mode).__name__} and {type(self.encoder).__name__}"
-            raise InputError(f"vision tokens have a tensor of features, a Mode and an encoder's fingerprint, got {given}")
+        parts: dict[type, object] = {Tensor: self.features, Mode: self.mode, str: self.encoder}
+        for kind, value in parts.items():
+            if not isinstance(value, kind):
+                raise InputError(f"vision tokens need features, a mode and an encoder's fingerprint, got {type(value).__name__}")
         wanted = self.mode.paper_tokens(self.grid)
         if self.features.dim() != 2 or self.features.shape[0] != wanted:
             columns, rows = self.grid
@@ -76,18 +77,20 @@ class VisionTokens:
             raise InputError(
                 f"these vision tokens are of the encoder {self.encoder[:8]}, this model has {encoder[:8]}: encode the picture again"
             )
-        self._check_values()
+        self._check_finite()
+        if self.features.numel() and self.features.abs().max() > LARGEST:
+            raise InputError(f"these vision tokens hold values above {LARGEST:g}, as no encoder makes: encode the picture again")
 
-    def _check_values(self) -> None:
-        if not all_finite(self.features) or (self.features.numel() and self.features.abs().max() > LARGEST):
-            raise InputError(f"these vision tokens hold NaN or infinite values, or some above {LARGEST:g}: encode the picture again")
+    def _check_finite(self) -> None:
+        if not all_finite(self.features):
+            raise InputError("these vision tokens hold NaN or infinite values: encode the picture again")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a file, which appears complete or not at all; one that is there is replaced.
 
         Raises OutputError where it cannot be written, InputError for values that could not be read back.
         """
-        self._check_values()
+        self._check_finite()
         target = Path(path)
         if not target.name or "\0" in target.name:
             raise OutputError(f"{str(path)!r} is no name of a file to write vision tokens to")

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from optmem.ops import PAGE_UNIT
 from optmem.pixels import NO_TILES, Mode
 from optmem.text.characters import BOS, END, EOL, CharacterTokenizer
 
+NARROWEST = 4  # pixels of a character: no reader tells narrower ones apart
 MAX_ROW = 256  # symbols of a row: a page of 1024 px has 204 in the narrowest cells
 ROWS_AT_ONCE = 128  # in one pass: on two cores in bf16 136 us a row's token, against 240 with 33 rows and 4,150 with one
 LIKELY = 0.5  # that a draft is right as far as it is proposed
@@ -44,11 +46,16 @@ class Row:
     number: int
     ids: list[int] = field(default_factory=list)  # symbols alone
     logprobs: list[float] = field(default_factory=list)  # of the symbols, and of what ended the row
-    ended_by: str = "length"  # "eol", "end" where the text is over before this row, or "length"
+    ended_by: str = "length"  # "eol", "end", or "length"
     probabilities: list[float] = field(default_factory=list)  # of the same at the temperature of confidence
     passes: int = field(default=0, compare=False)  # through the decoder; how it was read, not what
     accepted: int = field(default=0, compare=False)  # tokens that its draft had right,
     refused: int = field(default=0, compare=False)  # and those that were proposed in vain
+
+    @property
+    def is_below(self) -> bool:
+        """Whether the text was over before this row.  An end said behind symbols ends the row alone: no text ends there."""
+        return self.ended_by == "end" and not self.ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,7 @@ def read_pages(
     temperature    of Row.probabilities, not of the choice of tokens
     rows_at_once   memory is that of so many rows of the longest page, however many are asked for
 
-    Of a whole page the result is its rows up to the first that answered `<end>`, or all that have a name: MAX_ROWS.
+    Of a whole page the result is its rows up to the first that answered nothing but `<end>`, or all that have a name: MAX_ROWS.
     Raises InputError for a row that the vocabulary has no name for, and where a page and a row exceed the decoder's positions.
     """
     if not pages:
@@ -184,7 +191,7 @@ class _Page:
         """Where all rows asked for are read: whether there are more to ask for; if not, the prefix is given back."""
         if self.shared is None or self.waiting or not all(stream.is_over for _, stream in self.streams):
             return False
-        if self.asked.rows is None and not any(stream.ids[-1] == end for _, stream in self.streams):
+        if self.asked.rows is None and self.streams[-1][1].ids != [end]:
             first = len(self.streams)
             self.waiting.extend(range(first, min(first + BLOCK, len(self.names))))
         if not self.waiting:
@@ -193,11 +200,11 @@ class _Page:
         return bool(self.waiting)
 
     def found(self, tokenizer: CharacterTokenizer) -> list[Row]:
-        """The rows that were asked for; of a whole page up to the first that the text does not reach."""
+        """The rows that were asked for; of a whole page up to the one below its text."""
         rows = [_row(number, stream, tokenizer) for number, stream in self.streams]
         if self.asked.rows is not None:
             return rows
-        return rows[: next((row.number + 1 for row in rows if row.ended_by == "end"), len(rows))]
+        return rows[: count_rows([row.is_below for row in rows]) + 1]
 
 
 def _row(number: int, stream: Stream, tokenizer: CharacterTokenizer) -> Row:
@@ -240,11 +247,22 @@ def _own_pages(prefix: int, max_symbols: int) -> int:
     return -(-(prefix + max_symbols + 1) // PAGE_UNIT) - prefix // PAGE_UNIT
 
 
+def count_rows(are_below: Sequence[bool]) -> int:
+    """How many rows of a page its text reaches, from what each row says of itself.
+
+    They may contradict each other: a row inside the text that says it is below, one below that says something.  The end is put
+    where the fewest do, so that one misread row takes no others with it.
+    """
+    below = np.cumsum([0, *are_below])
+    contradicting = below + (len(are_below) - np.arange(len(below))) - (below[-1] - below)  # where the text has so many rows
+    return int(contradicting.argmin())
+
+
+def longest_row(side: int) -> int:
+    """Symbols that a row of a page of so many pixels can have: a bound on work, not a hint."""
+    return min(MAX_ROW, side // NARROWEST)
+
+
 def join_rows(rows: Iterable[Row], tokenizer: CharacterTokenizer) -> str:
-    """The text of rows in order, up to the first that the text does not reach."""
-    ids: list[int] = []
-    for row in rows:
-        ids += row.ids
-        if row.ended_by == "end":
-            break
-    return tokenizer.text(ids)
+    """The text of rows in order."""
+    return tokenizer.text([token for row in rows for token in row.ids])

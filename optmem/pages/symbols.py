@@ -77,8 +77,9 @@ def _meaning(said: re.Match[str]) -> str:
 
 
 def read_symbols(symbols: str) -> str:
-    """The text that these symbols say: the inverse of drawing.  Reads up to the end-of-text mark if there is one.
+    """The text that these symbols say: the inverse of drawing.  Nothing but blanks stands behind the end-of-text mark.
 
     Symbols that no drawing makes, as a reader may say them, are read as well as they can be, and never raise.
     """
-    return _SAID.sub(_meaning, symbols.split(TEXT_END, 1)[0])
+    said, end, rest = symbols.rpartition(TEXT_END)
+    return _SAID.sub(_meaning, said if end and not rest.strip(" ") else symbols)

@@ -39,9 +39,9 @@ class Calibration:
     """What confidence is worth."""
 
     symbols: int
-    error: float  # expected calibration error
-    silent: float  # of all symbols, those that are wrong with a confidence above SURE
-    wrong_when_sure: float  # of the symbols with a confidence above SURE, those that are wrong
+    error: float | None  # expected calibration error
+    silent: float | None  # of all symbols, those that are wrong with a confidence above SURE
+    wrong_when_sure: float | None  # of the symbols with a confidence above SURE, those that are wrong
     bins: tuple[Bin, ...]
 
     def summary(self) -> dict[str, Any]:
@@ -50,23 +50,28 @@ class Calibration:
 
 
 def reliability(confidence: Floats, is_right: Flags, bins: int = BINS) -> tuple[Bin, ...]:
-    """Bins of equal mass, from the least sure to the surest; symbols of one confidence are in their order."""
+    """Bins of equal mass, from the least sure to the surest; symbols of one confidence are all as right as their mean.
+
+    So the order of symbols, of pages and thus of kinds of text, does not matter where many are surer than single precision can say.
+    """
+    _, place = np.unique(confidence, return_inverse=True)
+    right = (np.bincount(place, weights=is_right) / np.bincount(place))[place]
     order = np.argsort(confidence, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
-    return tuple(Bin(float(confidence[part].mean()), float(is_right[part].mean()), len(part)) for part in parts)
+    return tuple(Bin(float(confidence[part].mean()), float(right[part].mean()), len(part)) for part in parts)
 
 
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """The mean distance between confidence and the share that is right, over symbols."""
+def calibration_error(bins: Sequence[Bin]) -> float | None:
+    """The mean distance between confidence and the share that is right, over symbols; None where there are none."""
     total = sum(each.count for each in bins)
-    return sum(each.count * abs(each.confidence - each.right) for each in bins) / total if total else 0.0
+    return sum(each.count * abs(each.confidence - each.right) for each in bins) / total if total else None
 
 
-def silent_errors(confidence: Floats, is_right: Flags) -> tuple[float, float]:
-    """Wrong and sure, as a share of all symbols and of those that it is sure of."""
+def silent_errors(confidence: Floats, is_right: Flags) -> tuple[float | None, float | None]:
+    """Wrong and sure, as a share of all symbols and of those that it is sure of; None of nothing: that is no good mark."""
     is_sure = confidence > SURE
-    silent = int((is_sure & ~is_right).sum())
-    return silent / max(len(confidence), 1), silent / max(int(is_sure.sum()), 1)
+    silent, sure = int((is_sure & ~is_right).sum()), int(is_sure.sum())
+    return silent / len(confidence) if len(confidence) else None, silent / sure if sure else None
 
 
 def calibrate(confidence: Floats, is_right: Flags) -> Calibration:

@@ -11,6 +11,7 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 56, 132, 40, 48  # margins
 LINE = 13  # pixels between two labels
+_NARROWEST = 1e-3  # that an axis shows: ticks nearer to each other read alike
 COLOURS = ("#1b6ca8", "#c1440e", "#2e7d32", "#7b1fa2", "#8d6e00", "#00838f", "#ad1457", "#37474f", "#5d4037", "#616161")
 
 
@@ -32,7 +33,8 @@ class Axis:
 
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers in steps of 1, 2 or 5 that reach from below `low` to above `high`."""
+    """Round numbers in steps of 1, 2 or 5 that reach from below `low` to above `high`; of one value alone, from well below it."""
+    low = min(low, high - _NARROWEST)
     steps = (digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5))
     step = next(step for step in steps if (high - low) / step <= most - 1)
     first = int(low // step)

@@ -20,6 +20,7 @@ from optmem.train.evaluate import EVERY_FORM, Part, Plan, evaluate
 from optmem.train.evaluate_pages import parse_form, unspoken
 from optmem.train.evaluate_reading import Nano
 from optmem.train.evaluate_report import save, table
+from optmem.train.fidelity import check_writable
 from optmem.train.kinds import PageKind
 from optmem.train.synth import Form
 from optmem.train.synth_command import CORPUS
@@ -77,6 +78,7 @@ def eval_command(
     plan = Plan(tuple(map(parse_form, forms.split(","))), _kinds(kinds, given), given, pages, rows, seed)
     loaded = Model.load(find_checkpoint(model))
     Nano.of(loaded)  # before minutes of collecting text
+    check_writable(output)
     _say_escapes(given, plan.forms)
     text = open_corpus(_told(corpus.expanduser()), "held-out") if plan.kinds else None
     found = evaluate(loaded, plan, text, watch=_bar)

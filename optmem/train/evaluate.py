@@ -16,6 +16,7 @@ import torch
 from optmem.errors import InputError
 from optmem.inputs import Given
 from optmem.model.model import Model
+from optmem.text.characters import MAX_ROWS
 from optmem.text.count import estimate_tokens
 from optmem.train.calibration import calibrate, confidence_at, fit_temperature, silent_errors
 from optmem.train.corpus import Corpus
@@ -64,6 +65,9 @@ class Plan:
             raise InputError("an evaluation needs a form of page and a kind of text or a text")
         if self.pages < 1 or self.rows < 0 or self.seed < 0:
             raise InputError(f"pages must be 1 or more, rows and seed 0 or more, got {self.pages}, {self.rows} and {self.seed}")
+        deep = next((form for form in self.forms if form.grid[0] > MAX_ROWS), None)
+        if deep is not None:  # rows that nobody can ask for would not be read, and not missed either
+            raise InputError(f"pages have at most {MAX_ROWS} rows that have a name, {form_name(deep)!r} has {deep.grid[0]}")
         for what, names in (
             ("form", [*map(form_name, self.forms)]),
             ("text", [*self.kinds, *(given.name for given in self.texts)]),
@@ -130,7 +134,8 @@ def _scaled(fit: list[Distributions], report: list[Distributions]) -> dict[str, 
     is_right = others.is_right.numpy()
     at = {"before": 1.0, "after": temperature}
     confidences = {when: confidence_at(others.logits, others.said, value).double().numpy() for when, value in at.items()}
-    return {"temperature": temperature} | {when: calibrate(sure, is_right).summary() for when, sure in confidences.items()}
+    measured = {when: calibrate(sure, is_right).summary() for when, sure in confidences.items()}
+    return {"temperature": temperature, **measured, "is_held_out": bool(report)}
 
 
 def _join(parts: Sequence[Distributions]) -> Distributions:
@@ -209,7 +214,7 @@ def _cell(part: Part, plan: Plan, samples: Sequence[Sample], readings: Sequence[
         low=score.low,
         high=score.high,
         **bounds,
-        silent=silent_errors(confidence, is_right)[0] if len(confidence) else None,
+        silent=silent_errors(confidence, is_right)[0],
         ratio=tokens / (count * mode.fed_tokens()),
         quarter_ratio=characters / 4 / (count * mode.paper_tokens()),
         characters_per_token=characters / (count * mode.paper_tokens()),

@@ -5,6 +5,7 @@ Three pages of four run on to their last cell, as the pages of a document do; th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from optmem.train.synth import Form, LabelledPage, SynthConfig, draw_batch
 TOKEN = 64  # pixels along a side of what a vision token covers
 ENDS_EVERY = 4  # pages
 _DRAWN_AT_ONCE = 8
+_PIXELS = re.compile(r"[0-9]{1,5}")
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def parse_form(text: str) -> Form:
     """
     size, name, side = (*text.strip().split(":"), "", "")[:3]
     cells: dict[str, Cell] = {cell: cell for cell in get_args(Cell)}
-    if not size.isdecimal() or name not in cells or not (side or "0").isdecimal() or text.count(":") > 2:
+    if not _PIXELS.fullmatch(size) or name not in cells or not _PIXELS.fullmatch(side or "0") or text.count(":") > 2:
         allowed = f"size:cell or size:cell:side, such as 512:8x16 or 512:8x8:384, with a cell of {', '.join(cells)}"
-        raise InputError(f"a form is {allowed}, got {text!r}")
+        raise InputError(f"a form is {allowed}, got {text[:80]!r}")
     form = Form(int(size), cells[name], int(side or 0))
     if form.side % TOKEN:
         raise InputError(f"the encoder wants pictures of a multiple of {TOKEN} pixels, got {form.side} in {text!r}")
@@ -78,7 +80,7 @@ def mode_of(form: Form) -> Mode:
 
 def held_out(corpus: Corpus, kind: PageKind, form: Form, seed: int, number: int) -> list[Sample]:
     """The first `number` pages of a kind.  A smaller view shows the same pages, and more pages begin with the same ones."""
-    config = SynthConfig((form,), Mix.only([kind]), batch=_DRAWN_AT_ONCE)
+    config = SynthConfig((form,), Mix.only([kind]), batch=_DRAWN_AT_ONCE, seasoned=False)
     drawn = (_from_label(page) for n in count() for page in draw_batch(config, corpus, seed, n).pages())
     waiting: dict[bool, list[Sample]] = {True: [], False: []}
     chosen: list[Sample] = []

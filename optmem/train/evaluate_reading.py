@@ -15,7 +15,7 @@ from optmem.model.cache import Cache
 from optmem.model.decoder import Decoder
 from optmem.model.glance import Glance, Glimpse, centres
 from optmem.model.model import Model
-from optmem.model.nano import PageRows, Row, draft_page, embed_prefix, read_pages
+from optmem.model.nano import PageRows, Row, count_rows, draft_page, embed_prefix, longest_row, read_pages
 from optmem.ops import PAGE_UNIT
 from optmem.pages import read_symbols
 from optmem.pixels import Mode
@@ -68,6 +68,7 @@ class Asked:
     prefix: Tensor  # [P, hidden]
     rows: Rows
     glimpse: Glimpse  # of the whole page
+    most: int  # symbols of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,15 @@ class Reading:
 
 def read_drafted(nano: Nano, asked: Sequence[Asked]) -> list[list[Row]]:
     """Greedy decoding with the glance as a draft."""
-    pages = [draft_page(page.prefix, page.glimpse, nano.tokenizer, page.rows) for page in asked]
+    pages = [draft_page(page.prefix, page.glimpse, nano.tokenizer, page.rows, page.most) for page in asked]
     return read_pages(nano.model.decoder, pages, nano.tokenizer)
 
 
 def read_greedily(nano: Nano, asked: Sequence[Asked]) -> list[list[Row]]:
     """The same answers, token by token."""
-    return read_pages(nano.model.decoder, [PageRows(page.prefix, page.rows) for page in asked], nano.tokenizer)
+    return read_pages(
+        nano.model.decoder, [PageRows(page.prefix, page.rows, max_symbols=page.most) for page in asked], nano.tokenizer
+    )
 
 
 @torch.inference_mode()
@@ -128,24 +131,24 @@ def read_samples(
     """These rows of pages of one form, from their vision tokens or from others that a control puts in their place."""
     mode, glimpses = mode_of(samples[0].form), [nano.glance.read(tokens) for tokens in features]
     pages = zip(features, rows, glimpses, strict=True)
-    asked = [Asked(nano.prefix(tokens, mode), wanted, glimpse) for tokens, wanted, glimpse in pages]
+    asked = [Asked(nano.prefix(tokens, mode), wanted, glimpse, longest_row(mode.size)) for tokens, wanted, glimpse in pages]
     answers = reader(nano, asked)
     return [_reading(nano, *page) for page in zip(samples, asked, answers, strict=True)]
 
 
 def _reading(nano: Nano, sample: Sample, asked: Asked, answers: Sequence[Row]) -> Reading:
     wanted = slice(None) if asked.rows is None else slice(asked.rows.start, asked.rows.stop)
-    last = next((number for number, row in enumerate(answers) if row.ended_by == "end"), len(answers))
-    rows = [row for row in answers[: last + 1] if row.ids or row.ended_by != "end"]
+    rows = list(answers[: count_rows([row.is_below for row in answers])])
     seen = asked.glimpse.ids[wanted].cpu()
     said = tuple(nano.symbols(row.ids) for row in rows)
     return Reading(sample.rows[wanted], rows, said, seen, asked.glimpse.cell, _glanced(nano, seen))
 
 
 def _glanced(nano: Nano, seen: Tensor) -> tuple[str, ...]:
-    """Rows up to the first that begins with the end of the text, each up to the end of its line."""
+    """Rows of the text, each up to the end of its line."""
     end, line_end = nano.tokenizer.special(END), nano.tokenizer.special(EOL)
-    reached = takewhile(lambda ids: ids[0] != end, seen.tolist())
+    cells = seen.tolist()
+    reached = cells[: count_rows([ids[0] == end for ids in cells])]
     return tuple(nano.symbols(list(takewhile(lambda token: token not in (end, line_end), ids))) for ids in reached)
 
 

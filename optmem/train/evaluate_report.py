@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from optmem.engine.checkpoint import FIDELITY
 from optmem.train.charts import Axis, Point, line_chart, nice_ticks
 from optmem.train.fidelity import Cell, Control, Fidelity, Tier, write
 
@@ -15,10 +16,11 @@ REPORT = "report.md"
 DECAY_FROM = 512  # pixels: pages of this size are also shown smaller
 _HOW = """\
 Score: 1 - edit distance / length of the longer text, on the raw text; the interval is 95 % over pages, drawn again with
-replacement. Lines: rows of a page without any error. Digits, identifiers: runs of digits, and hashes, paths, numbers and names with
-underscores that came back whole. Ratio: estimated text tokens (o200k) of the page / tokens fed, newlines and separator among them;
-chars/4: a quarter of the characters / vision tokens. Truncated: the score of the first text tokens, as many as are fed. Silent:
-share of the symbols said that are wrong with a confidence above 0.9, before calibration. Every page counts.
+replacement, and none where all pages scored the same; of few pages, most of them perfect, it is too narrow. Lines: rows of a page
+without any error. Digits, identifiers: runs of digits, and hashes, paths, numbers and names with underscores that came back whole.
+Ratio: estimated text tokens (o200k) of the page / tokens fed, newlines and separator among them; chars/4: a quarter of the
+characters / vision tokens. Truncated: the score of the first text tokens, as many as are fed. Silent: share of the symbols said
+that are wrong with a confidence above 0.9, before calibration. Every page counts.
 """
 
 
@@ -29,13 +31,17 @@ def form(of: Cell | Tier) -> str:
 
 
 def rate(value: float | None) -> str:
-    """A share with four digits, or a dash."""
+    """A share with four digits, or a dash.  What is not all is not rounded to all, and what is not nothing not to nothing."""
     if value is None:
         return "–"
-    return f"{min(value, 0.9999):.4f}".removeprefix("0") if value < 1 else "1.000"  # nothing is rounded to all
+    shown = min(max(value, 0.0001), 0.9999) if 0 < value < 1 else value
+    return f"{shown:.4f}".removeprefix("0") if value < 1 else "1.000"
 
 
 def _score(of: Cell | Control) -> str:
+    """With its interval; one without width is none: pages that are all alike do not say how pages differ."""
+    if of.low == of.high:
+        return f"{rate(of.score)} [{of.pages} alike]"
     return f"{rate(of.score)} [{rate(of.low)}, {rate(of.high)}]"
 
 
@@ -194,4 +200,4 @@ def save(found: Fidelity, folder: Path) -> list[Path]:
     written = {REPORT: report(found)} | charts(found)
     for name, content in written.items():
         write(folder / name, content)
-    return [folder / "fidelity.json", *(folder / name for name in written)]
+    return [folder / FIDELITY, *(folder / name for name in written)]

@@ -8,7 +8,8 @@
     controls         the same pages with nothing to read, or not theirs: a score above the floor would be guessing
     baselines        what the same number of tokens says without vision
     calibration      {"decoder_temperature": t, "glance_temperature": t, "decoder": {"before": .., "after": ..}, "glance": {..}}:
-                     fitted on every second page, measured on the others; before and after are the fields of `Calibration`
+                     fitted on every second page, measured on the others; before and after are the fields of `Calibration`.
+                     is_held_out is false where there was one page alone, which then was both
 
 A rate that counts nothing, such as the digits of a text without any, is null.  low and high are a 95 % interval over pages.
 """
@@ -18,16 +19,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
+from optmem.engine.checkpoint import FIDELITY
 from optmem.errors import OutputError
 from optmem.model.model import Model
-
-FIDELITY = "fidelity.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +154,27 @@ def fingerprint(model: Model) -> str:
 
 
 def write(file: Path, content: str) -> None:
-    """A file in a folder that is made where it is missing.  Raises OutputError where it cannot be written."""
+    """A file, complete or not at all, in a folder that is made where it is missing; half a character is written as "?".
+
+    Raises OutputError where it cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
+        unfinished.write_text(content, encoding="utf-8", errors="replace")
+        unfinished.replace(file)
     except OSError as error:
         raise OutputError(f"cannot write {file.name} to {file.parent}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder where it is missing.  Raises OutputError where nothing could be written to it, before the work of hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from None

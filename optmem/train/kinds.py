@@ -1,4 +1,4 @@
-"""What pages say: nine kinds of text, each a function from chance, a corpus and a length to atlas keys.
+"""What pages say: ten kinds of text, each a function from chance, a corpus and a length to atlas keys.
 
 A kind returns at least `length` characters; the page takes what fits.  Half of the kinds cannot be guessed by a language model, so
 a reader that does well on them reads.
@@ -26,7 +26,7 @@ from optmem.pages.chat import read_messages
 from optmem.train.corpus import Corpus
 
 Keys = NDArray[np.int64]
-PageKind = Literal["prose", "shuffled", "words", "characters", "code", "json", "logs", "tables", "chats"]
+PageKind = Literal["prose", "shuffled", "words", "characters", "symbols", "code", "json", "logs", "tables", "chats"]
 _POOLS = tuple(  # of random characters, and how often each is drawn from
     (np.array([ord(char) for char in pool], dtype=np.int64), weight)
     for pool, weight in (
@@ -34,9 +34,9 @@ _POOLS = tuple(  # of random characters, and how often each is drawn from
         ("0123456789abcdef", 0.08),
         ("0123456789.,-+:/ ", 0.07),
         (CHARACTERS[95:189] + symbols.PRINTABLE_ASCII, 0.15),
-        (CHARACTERS, 0.2),
     )
 )
+_ALPHABET = np.array([ord(char) for char in CHARACTERS], dtype=np.int64)
 _FOREIGN = np.array([ord(char) for char in "αβγδλπΩжияшה中文字日本語한국🙂🚀✅⚠️\u200b\u00ad\x07\x1b\x00\r"], dtype=np.int64)
 _LEVELS = ("DEBUG", "INFO", "INFO", "INFO", "WARNING", "ERROR")
 _SUFFIXES = (".py", ".rs", ".c", ".json", ".log", ".toml", ".md", ".tar.gz", "", "/")
@@ -49,7 +49,8 @@ class Mix:
     prose: float = 0.22
     shuffled: float = 0.10
     words: float = 0.12
-    characters: float = 0.15
+    characters: float = 0.12
+    symbols: float = 0.03
     code: float = 0.13
     json: float = 0.08
     logs: float = 0.08
@@ -79,9 +80,12 @@ def to_keys(text: str) -> Keys:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.int64)
 
 
-def write(kind: PageKind, chance: Random, corpus: Corpus, length: int) -> Keys:
-    """A text of a kind, at least `length` characters where the kind has so many."""
-    return _WRITERS[kind](chance, corpus, length)
+def write(kind: PageKind, chance: Random, corpus: Corpus, length: int, *, seasoned: bool = True) -> Keys:
+    """A text of a kind, at least `length` characters where the kind has so many; as written, or some of them seasoned."""
+    said = _WRITERS[kind](chance, corpus, length)
+    if not isinstance(said, str):
+        return said
+    return season(to_keys(said), chance) if seasoned else to_keys(said)
 
 
 # --- from the corpus ------------------------------------------------------------------------------------------------------------
@@ -134,8 +138,17 @@ def _code(chance: Random, corpus: Corpus, length: int) -> str:
 
 
 def _characters(chance: Random, _: Corpus, length: int) -> Keys:
+    """ASCII, digits or Latin-1 at random."""
+    return _random(chance, chance.choices([pool for pool, _ in _POOLS], [weight for _, weight in _POOLS])[0], length)
+
+
+def _symbols(chance: Random, _: Corpus, length: int) -> Keys:
+    """The whole alphabet at random, boxes and signs included."""
+    return _random(chance, _ALPHABET, length)
+
+
+def _random(chance: Random, pool: Keys, length: int) -> Keys:
     """Characters at random, in lines of random lengths or in none."""
-    pool = chance.choices([pool for pool, _ in _POOLS], [weight for _, weight in _POOLS])[0]
     random = np.random.default_rng(chance.getrandbits(63))
     keys = pool[random.integers(len(pool), size=length)]
     if chance.random() < 0.6:
@@ -315,7 +328,7 @@ def season(keys: Keys, chance: Random) -> Keys:
     if draw > 0.2:
         return keys
     random = np.random.default_rng(chance.getrandbits(63))
-    share, pool = (chance.choice((0.01, 0.03, 0.1)), _POOLS[-1][0]) if draw > 0.05 else (0.005, _FOREIGN)
+    share, pool = (chance.choice((0.01, 0.03, 0.1)), _ALPHABET) if draw > 0.05 else (0.005, _FOREIGN)
     letters = np.flatnonzero((keys >= ord("A")) & (keys <= ord("z")))
     chosen = letters[random.random(len(letters)) < share]
     seasoned = keys.copy()
@@ -323,18 +336,15 @@ def season(keys: Keys, chance: Random) -> Keys:
     return seasoned
 
 
-def _plain(writer: Callable[[Random, Corpus, int], str]) -> Callable[[Random, Corpus, int], Keys]:
-    return lambda chance, corpus, length: season(to_keys(writer(chance, corpus, length)), chance)
-
-
-_WRITERS: dict[PageKind, Callable[[Random, Corpus, int], Keys]] = {
-    "prose": _plain(_prose),
-    "shuffled": _plain(_shuffled),
-    "words": _plain(_words),
+_WRITERS: dict[PageKind, Callable[[Random, Corpus, int], str] | Callable[[Random, Corpus, int], Keys]] = {
+    "prose": _prose,
+    "shuffled": _shuffled,
+    "words": _words,
     "characters": _characters,
-    "code": _plain(_code),
-    "json": _plain(_json),
-    "logs": _plain(_logs),
-    "tables": _plain(_tables),
+    "symbols": _symbols,
+    "code": _code,
+    "json": _json,
+    "logs": _logs,
+    "tables": _tables,
     "chats": _chats,
 }

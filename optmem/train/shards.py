@@ -117,7 +117,7 @@ def write_shards(
 
 def _plain(config: SynthConfig) -> dict[str, Any]:
     harms = [{"harm": type(harm).__name__, **asdict(harm)} for harm in config.harms]  # type: ignore[call-overload]
-    return {"forms": [asdict(form) for form in config.forms], "mix": asdict(config.mix), "harms": harms, "batch": config.batch}
+    return {"forms": [asdict(form) for form in config.forms], "mix": asdict(config.mix), "harms": harms}
 
 
 def _begin(folder: Path, note: dict[str, Any]) -> int:

@@ -83,6 +83,7 @@ class SynthConfig:
     mix: Mix = field(default_factory=Mix)
     harms: tuple[Degradation, ...] = ()
     batch: int = 32  # pages
+    seasoned: bool = True  # a fifth of the texts with some letters changed to rarer characters; else all as written
 
     def __post_init__(self) -> None:
         if not self.forms or not sum(form.share for form in self.forms):
@@ -193,7 +194,8 @@ def _begin(keys: Keys, chance: Random, columns: int) -> Keys:
 
 def _page(config: SynthConfig, corpus: Corpus, form: Form, chance: Random, atlas: Atlas) -> tuple[PageKind, _Cells]:
     kind, (rows, columns) = config.mix.draw(chance), form.grid
-    keys = _begin(write(kind, chance, corpus, (rows + 1) * columns), chance, columns)
+    said = write(kind, chance, corpus, (rows + 1) * columns, seasoned=config.seasoned)
+    keys = _begin(said, chance, columns)
     return kind, set_page(keys, chance, form, atlas)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import torch
 from tqdm import tqdm
 
-from optmem.engine.checkpoint import find_checkpoint
-from optmem.errors import InputError
+from optmem.engine.checkpoint import choose_device, find_checkpoint
 from optmem.model.config_json import public_config
 from optmem.model.model import Model
 from optmem.train.alignment import Parts
@@ -49,8 +50,7 @@ def train(recipe: Path, folder: Path, start: str | None, minutes: float | None, 
     plan = read_recipe(recipe)
     if minutes is not None:
         plan = plan.scaled(minutes)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    place = choose_device(device)
     if threads:
         torch.set_num_threads(threads)
     text = corpus.expanduser()
@@ -60,14 +60,34 @@ def train(recipe: Path, folder: Path, start: str | None, minutes: float | None, 
         parts, feed = Parts(public_config("nano"), plan.seed), SynthFeed(open_corpus(text))
         if start is not None:
             parts.start_from(Model.load(find_checkpoint(start)))
-        trainer = Trainer(parts, plan, feed, Run(folder), device=device, watch=bar.show)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: trainer.stop())
-        trainer.train()
+        trainer = Trainer(parts, plan, feed, Run(folder), device=str(place), watch=bar.show)
+        with stopped_by_signals(trainer):
+            trainer.train()
     if trainer.is_stopping:
         click.echo(f"stopped at step {trainer.place.step} of a stage; the same command goes on")
         return
     click.echo(f"trained: the checkpoint is {Run(folder).model(plan.stages[-1])}, the curves are {folder / 'curves.svg'}")
+
+
+@contextmanager
+def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the training after its step; a second one is what it always was."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: set by somebody not Python
+
+    def stop(*_: object) -> None:
+        trainer.stop()
+        restore()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()
 
 
 class Bar:
