@@ -30,7 +30,7 @@ from optmem.engine import Engine
 from optmem.errors import SourceNotFoundError
 from optmem.model.config_json import public_config
 from optmem.model.model import Model
-from optmem.model.nano import CellDraft, PageRows, draft_page, embed_prefix, read_pages
+from optmem.model.nano import CellDraft, PageRows, draft_page, embed_prefix, longest_row, read_pages
 from optmem.pixels import MODES
 from optmem.testing import generator
 from optmem.text.characters import CHARACTERS, EOL, CharacterTokenizer, characters_json
@@ -41,7 +41,7 @@ from optmem.train.sources import SOURCES
 from optmem.train.synth import BLANK, SynthConfig, draw_batch
 
 PAGES = int(os.environ.get("OPTMEM_PAGES", "64"))
-COLUMNS, ROWS = 64, 33  # what the text takes, and the row below it
+ROWS = 33  # those of the page, and the one below it
 WRONG = 50
 WAYS = ("greedy, a row after another", "greedy, a page's rows", "greedy, rows of all pages", "draft and verify", "glance")
 
@@ -80,7 +80,7 @@ class Reader:
                 embed_prefix(model.encoder, model.decoder, page.features, MODES["tiny"], self.tokenizer) for page in self.tokens
             ]
         rows = None if self.is_trained else range(ROWS)
-        self.asked = [PageRows(prefix, rows, max_symbols=COLUMNS) for prefix in prefixes]
+        self.asked = [PageRows(prefix, rows, max_symbols=longest_row(512)) for prefix in prefixes]
         self.answers = self.read(self.asked)
 
     def read(self, asked, **settings):
@@ -89,7 +89,10 @@ class Reader:
     def drafted(self):
         if self.is_trained:
             seen = [self.engine.model.glance.read(page.features) for page in self.tokens]
-            return [draft_page(page.prefix, one, self.tokenizer, None, COLUMNS) for page, one in zip(self.asked, seen, strict=True)]
+            return [
+                draft_page(page.prefix, one, self.tokenizer, None, page.max_symbols)
+                for page, one in zip(self.asked, seen, strict=True)
+            ]
         return [replace(page, draft=self.imagined(rows).__getitem__) for page, rows in zip(self.asked, self.answers, strict=True)]
 
     def imagined(self, rows):

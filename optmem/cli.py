@@ -158,7 +158,8 @@ def render(
     cost = f"{fed:,} vision tokens fed instead" if fed is not None else "no vision tokens: the encoder wants multiples of 64 pixels"
     click.echo(f"{len(pages)} page{'s' * (len(pages) != 1)} in {output}; about {tokens:,} text tokens, {cost}")
     if missing:
-        click.echo(f"no font here has {missing}: drawn as escapes (U+XXXX)", err=True)
+        why = "the alphabet of nano lacks" if alphabet == "nano" and style != "document" else "no font here has"
+        click.echo(f"{why} {missing}: drawn as escapes (U+XXXX)", err=True)
 
 
 def fed_tokens(side: int, num_pages: int) -> int | None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import optmem
 from optmem import Engine, VisionTokens
-from optmem.engine.checkpoint import FIDELITY, Temperatures, find_checkpoint, read_temperatures
+from optmem.engine.checkpoint import FIDELITY, Temperatures, find_checkpoint, fingerprint, read_temperatures
 from optmem.engine.modes import choose_mode
 from optmem.engine.reading import complete, saw
 from optmem.errors import BackendError, CheckpointError, InputError, OptmemError, OutputError, SourceNotFoundError
@@ -506,16 +506,29 @@ def test_fp16_becomes_fp32_on_a_cpu(engine, tmp_path):
     assert Engine.from_pretrained(tmp_path / "nano", device="cpu").model.decoder.dtype == torch.float32
 
 
+def test_a_calibration_of_other_weights_is_refused(engine, tmp_path):
+    model = engine.model
+    model.save(tmp_path / "nano")
+    noted = {"calibration": {"decoder_temperature": 2, "glance_temperature": 1.5}}
+    for weights, is_same in ((model.weights(), True), ({"a": torch.ones(1)}, False)):
+        (tmp_path / "nano" / "fidelity.json").write_text(json.dumps(noted | {"model": fingerprint(weights)}))
+        if is_same:
+            assert Engine.from_pretrained(tmp_path / "nano", device="cpu").temperatures == Temperatures(2, 1.5)
+            continue
+        with pytest.raises(CheckpointError, match="other weights"):
+            Engine.from_pretrained(tmp_path / "nano", device="cpu")
+
+
 @pytest.mark.parametrize(
     "content",
     ['{"calibration": 1}', '{"calibration": {}}', '{"calibration": {"decoder_temperature": 0, "glance_temperature": 1}}',
      '{"calibration": {"decoder_temperature": true, "glance_temperature": 1}}',
      '{"calibration": {"decoder_temperature": 1, "glance_temperature": 1%s}}' % ("0" * 400), '{"calibration": NaN}', "[]", "\xff"],
 )  # fmt: skip
-def test_absurd_calibrations_are_refused(tmp_path, content):
+def test_absurd_calibrations_are_refused(engine, tmp_path, content):
     (tmp_path / FIDELITY).write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError):
-        read_temperatures(tmp_path)
+        read_temperatures(tmp_path, engine.model)
 
 
 @pytest.mark.parametrize(

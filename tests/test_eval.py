@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from optmem.cli import main
+from optmem.engine.checkpoint import fingerprint
 from optmem.errors import InputError, OutputError
 from optmem.inputs import Given, read_input
 from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOneConfig
@@ -39,7 +40,7 @@ from optmem.train.evaluate_reading import (
     said_logits,
 )
 from optmem.train.evaluate_report import rate, save, table
-from optmem.train.fidelity import Cell, Tier, fingerprint, write
+from optmem.train.fidelity import Cell, Tier, write
 from optmem.train.sources import SOURCES
 from optmem.train.synth import Form
 
@@ -365,7 +366,7 @@ def test_a_perfect_reader_has_charts_too(found, tmp_path):
 
 
 def test_a_fingerprint_is_of_the_weights(nano):
-    assert fingerprint(nano.model) == fingerprint(tiny_model()) != fingerprint(tiny_model(1))
+    assert fingerprint(nano.model.weights()) == fingerprint(tiny_model().weights()) != fingerprint(tiny_model(1).weights())
 
 
 # --- the command

@@ -55,6 +55,12 @@ def test_documents_draw_it(kind, name):
         assert "".join(shown.split()) == "".join(text.split()), "every character that is not white space is shown"
 
 
+def test_characters_that_nano_cannot_say_are_named():
+    (page,) = paginate("a漢é\x00\u0301Ж")
+    assert page.missing == ("Ж", "漢")
+    assert page.text() == "a漢é\x00\u0301Ж"
+
+
 def test_missing_characters_are_named_and_others_are_not():
     (page,) = paginate("a漢é\x00\u0301\U00013000", alphabet="any")
     assert "\U00013000" in page.missing

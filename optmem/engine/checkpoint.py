@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from optmem.errors import BackendError, CheckpointError, InputError, SourceNotFoundError
 from optmem.files import checkpoint_folder, read_json
 from optmem.model.config_json import CONFIG
 from optmem.model.encoder import Encoder
+from optmem.model.model import Model
 
 SHIPPED = ("nano",)
 FIDELITY = "fidelity.json"
@@ -60,13 +63,20 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def read_temperatures(folder: Path) -> Temperatures | None:
-    """The constants of calibration beside the weights; None where there are none.  Raises CheckpointError for absurd ones."""
+def read_temperatures(folder: Path, model: Model) -> Temperatures | None:
+    """The constants of calibration beside a model's weights; None where there are none.
+
+    Raises CheckpointError for absurd ones, and where they were measured on other weights.
+    """
     if not (folder / FIDELITY).is_file():
         return None
-    found = read_json(folder, FIDELITY, limit=MAX_FIDELITY).get("calibration")
+    noted = read_json(folder, FIDELITY, limit=MAX_FIDELITY)
+    found = noted.get("calibration")
     if found is None:
         return None
+    is_known = model.decoder.dtype != torch.float16  # which rounds away what the comparison needs
+    if "model" in noted and is_known and noted["model"] != fingerprint(model.weights()):
+        raise CheckpointError(f"{FIDELITY} was measured on other weights: run `optmem eval` on these, or remove it")
     values = [found.get(f"{part}_temperature") for part in ("decoder", "glance")] if isinstance(found, dict) else []
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     checked = [float(value) for value in numbers if COLDEST <= value <= HOTTEST]  # and so not NaN, nor too large for a float
@@ -102,11 +112,15 @@ def choose_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     return chosen
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """32 hexadecimal digits over all weights that vision tokens depend on, as bf16: the type they are computed in is none of it."""
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """32 hexadecimal digits that two sets of weights share only where all are equal as bf16, whatever type they are held in."""
     digest = hashlib.sha256()
-    for name, weight in sorted(encoder.named_parameters()):
-        if name not in _ASSEMBLY:
-            digest.update(f"{name} {list(weight.shape)}\n".encode())
-            digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def encoder_fingerprint(encoder: Encoder) -> str:
+    """The same over all that vision tokens depend on."""
+    return fingerprint({name: weight for name, weight in encoder.named_parameters() if name not in _ASSEMBLY})

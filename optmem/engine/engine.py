@@ -10,7 +10,14 @@ from typing import Literal, TypeVar
 
 import torch
 
-from optmem.engine.checkpoint import Temperatures, choose_device, choose_dtype, find_checkpoint, fingerprint, read_temperatures
+from optmem.engine.checkpoint import (
+    Temperatures,
+    choose_device,
+    choose_dtype,
+    encoder_fingerprint,
+    find_checkpoint,
+    read_temperatures,
+)
 from optmem.engine.modes import choose_mode
 from optmem.engine.reading import complete, saw
 from optmem.engine.result import Completion, Glanced
@@ -55,11 +62,10 @@ class Engine:
         Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model.
         """
         folder, place, chosen = find_checkpoint(name), choose_device(device), choose_dtype(dtype)
-        temperatures = read_temperatures(folder)
         model = Model.load(folder, device=place, dtype=chosen)
         if chosen is None and model.decoder.dtype == torch.float16 and place.type == "cpu":
             model = Model.load(folder, device=place, dtype=torch.float32)  # the CPU has no kernels for fp16
-        return cls(model, temperatures)
+        return cls(model, read_temperatures(folder, model))
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +75,7 @@ class Engine:
     @cached_property
     def encoder_fingerprint(self) -> str:
         """What VisionTokens of this engine carry, and what those it decodes must carry."""
-        return fingerprint(self.model.encoder)
+        return encoder_fingerprint(self.model.encoder)
 
     # --- pictures to vision tokens ------------------------------------------------------------------------------------------
 

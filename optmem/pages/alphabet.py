@@ -67,9 +67,9 @@ class AlphabetFont(CellFont):
         """A character's ink, one cell wide; None where it must be escaped."""
         return super().draw(code) if code in self.shown else None
 
-    def covers(self, _code: int) -> bool:
-        """Every character can be said, if only by its escape."""
-        return True
+    def covers(self, code: int) -> bool:
+        """Whether it is drawn as itself: a reader says all others by their escapes."""
+        return code in self.shown
 
 
 def _is_apart(ink: Ink, others: list[Ink]) -> bool:

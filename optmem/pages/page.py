@@ -53,7 +53,7 @@ class Page:
     height: int
     width: int
     lines: tuple[Line, ...]
-    missing: tuple[str, ...]  # characters that no font here has, drawn as their escape
+    missing: tuple[str, ...]  # characters that the alphabet or the fonts lack, drawn as their escape
     store: GlyphStore = field(repr=False)
     placements: NDArray[np.int32] = field(repr=False)  # [n, 3]: glyph of the store, top, left
     sources: NDArray[np.int32] = field(repr=False)  # [n]: as in Characters

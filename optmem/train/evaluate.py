@@ -13,6 +13,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from optmem.engine.checkpoint import fingerprint
 from optmem.errors import InputError
 from optmem.inputs import Given
 from optmem.model.model import Model
@@ -36,7 +37,7 @@ from optmem.train.evaluate_reading import (
     read_drafted,
     read_samples,
 )
-from optmem.train.fidelity import Cell, Control, Fidelity, fingerprint
+from optmem.train.fidelity import Cell, Control, Fidelity
 from optmem.train.kinds import PageKind
 from optmem.train.scores import Hits, Interval, interval, likeness
 from optmem.train.synth import Form
@@ -160,7 +161,15 @@ def evaluate(
     checks, baselines = _controls(nano, plan, parts[0], corpus, reader)
     found = corpus.fingerprint if corpus is not None and plan.kinds else None
     return Fidelity(
-        fingerprint(model), found, plan.seed, plan.pages, plan.rows, cells, tuple(checks), tuple(baselines), evidence.summary()
+        fingerprint(model.weights()),
+        found,
+        plan.seed,
+        plan.pages,
+        plan.rows,
+        cells,
+        tuple(checks),
+        tuple(baselines),
+        evidence.summary(),
     )
 
 

@@ -1,6 +1,6 @@
 """What an evaluation found: `fidelity.json`, which lies beside the weights, and which a memory's policy reads.
 
-    model            16 hexadecimal digits over all weights
+    model            32 hexadecimal digits over all weights
     corpus, seed     what the pages were made from; with the two numbers below the same file comes again on a CPU
     pages, rows      of each cell of the table; rows of each page that were read, 0 for all of them
     cells            a list, one entry for a form of page and a kind of text: the fields of `Cell`
@@ -16,7 +16,6 @@ A rate that counts nothing, such as the digits of a text without any, is null.  
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,11 +24,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
-
 from optmem.engine.checkpoint import FIDELITY
 from optmem.errors import OutputError
-from optmem.model.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +138,6 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Of those that are there."""
     counted = [value for value in values if value is not None]
     return sum(counted) / len(counted) if counted else None
-
-
-def fingerprint(model: Model) -> str:
-    """16 hexadecimal digits that two models share only where all their weights are equal."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.weights().items()):
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\0".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def write(file: Path, content: str) -> None:
