@@ -1,4 +1,4 @@
-"""What pages say: ten kinds of text, each a function from chance, a corpus and a length to atlas keys.
+"""What pages say: eleven kinds of text, each a function from chance, a corpus and a length to atlas keys.
 
 A kind returns at least `length` characters; the page takes what fits.  Half of the kinds cannot be guessed by a language model, so
 a reader that does well on them reads.
@@ -26,7 +26,7 @@ from optmem.pages.chat import read_messages
 from optmem.train.corpus import Corpus
 
 Keys = NDArray[np.int64]
-PageKind = Literal["prose", "shuffled", "words", "characters", "symbols", "code", "json", "logs", "tables", "chats"]
+PageKind = Literal["prose", "paragraphs", "shuffled", "words", "characters", "symbols", "code", "json", "logs", "tables", "chats"]
 _POOLS = tuple(  # of random characters, and how often each is drawn from
     (np.array([ord(char) for char in pool], dtype=np.int64), weight)
     for pool, weight in (
@@ -38,6 +38,8 @@ _POOLS = tuple(  # of random characters, and how often each is drawn from
 )
 _ALPHABET = np.array([ord(char) for char in CHARACTERS], dtype=np.int64)
 _FOREIGN = np.array([ord(char) for char in "αβγδλπΩжияшה中文字日本語한국🙂🚀✅⚠️\u200b\u00ad\x07\x1b\x00\r"], dtype=np.int64)
+_PARAGRAPH = 240  # characters
+_ATTEMPTS = 20
 _LEVELS = ("DEBUG", "INFO", "INFO", "INFO", "WARNING", "ERROR")
 _SUFFIXES = (".py", ".rs", ".c", ".json", ".log", ".toml", ".md", ".tar.gz", "", "/")
 
@@ -46,7 +48,8 @@ _SUFFIXES = (".py", ".rs", ".c", ".json", ".log", ".toml", ".md", ".tar.gz", "",
 class Mix:
     """How often each kind is drawn; only the proportions count."""
 
-    prose: float = 0.22
+    prose: float = 0.16
+    paragraphs: float = 0.06
     shuffled: float = 0.10
     words: float = 0.12
     characters: float = 0.12
@@ -106,6 +109,16 @@ def _prose(chance: Random, corpus: Corpus, length: int) -> str:
         width = chance.randrange(30, 100)
         said = "\n".join(textwrap.fill(line, width) if len(line) > width else line for line in said.split("\n"))
     return said
+
+
+def _paragraphs(chance: Random, corpus: Corpus, length: int) -> str:
+    """Running text alone: neighbouring paragraphs, without the headings, lists and tables between them."""
+    kept: list[str] = []
+    for _ in range(_ATTEMPTS):
+        kept += [line for line in excerpt(chance, corpus.prose, 8 * length).split("\n") if len(line) >= _PARAGRAPH]
+        if sum(map(len, kept)) >= length:
+            return "\n".join(kept)
+    return excerpt(chance, corpus.prose, length)  # of a corpus that has no paragraphs
 
 
 def _shuffled(chance: Random, corpus: Corpus, length: int) -> str:
@@ -338,6 +351,7 @@ def season(keys: Keys, chance: Random) -> Keys:
 
 _WRITERS: dict[PageKind, Callable[[Random, Corpus, int], str] | Callable[[Random, Corpus, int], Keys]] = {
     "prose": _prose,
+    "paragraphs": _paragraphs,
     "shuffled": _shuffled,
     "words": _words,
     "characters": _characters,
