@@ -322,5 +322,6 @@ def test_rates_warm_up_and_cool_down():
     stage = encoder_stage(warmup=4, cooldown=0.5)
     assert stage.pace(0, 0.0) == pytest.approx(0.2)
     assert stage.pace(9, 0.4) == 1.0
-    assert stage.pace(90, 0.75) == pytest.approx(0.5)
+    assert stage.pace(90, 0.75) == pytest.approx(0.51)
     assert stage.pace(99, 1.0) == pytest.approx(0.02)
+    assert replace(stage, coolest=0.3).pace(99, 1.0) == pytest.approx(0.3)

@@ -37,6 +37,7 @@ _POOLS = tuple(  # of random characters, and how often each is drawn from
     )
 )
 _ALPHABET = np.array([ord(char) for char in CHARACTERS], dtype=np.int64)
+_SCRIPTS = ((0x00, 0x20), (0x370, 0x600), (0x3040, 0xD7A4), (0x10000, 0x20000))  # controls, letters, syllables, all the rest
 _FOREIGN = np.array([ord(char) for char in "αβγδλπΩжияшה中文字日本語한국🙂🚀✅⚠️\u200b\u00ad\x07\x1b\x00\r"], dtype=np.int64)
 _PARAGRAPH = 240  # characters
 _ATTEMPTS = 20
@@ -156,8 +157,12 @@ def _characters(chance: Random, _: Corpus, length: int) -> Keys:
 
 
 def _symbols(chance: Random, _: Corpus, length: int) -> Keys:
-    """The whole alphabet at random, boxes and signs included."""
-    return _random(chance, _ALPHABET, length)
+    """The whole alphabet at random, boxes and signs included, and now and then a character of any script, drawn as its escape."""
+    keys = _random(chance, _ALPHABET, length)
+    random = np.random.default_rng(chance.getrandbits(63))
+    is_escaped = random.random(length) < chance.choice((0.0, 0.01, 0.05))
+    keys[is_escaped] = random.integers(*chance.choice(_SCRIPTS), size=int(is_escaped.sum()))
+    return keys
 
 
 def _random(chance: Random, pool: Keys, length: int) -> Keys:
@@ -341,7 +346,7 @@ def season(keys: Keys, chance: Random) -> Keys:
     if draw > 0.2:
         return keys
     random = np.random.default_rng(chance.getrandbits(63))
-    share, pool = (chance.choice((0.01, 0.03, 0.1)), _ALPHABET) if draw > 0.05 else (0.005, _FOREIGN)
+    share, pool = (chance.choice((0.01, 0.03, 0.1)), _ALPHABET) if draw > 0.05 else (chance.choice((0.005, 0.03)), _FOREIGN)
     letters = np.flatnonzero((keys >= ord("A")) & (keys <= ord("z")))
     chosen = letters[random.random(len(letters)) < share]
     seasoned = keys.copy()

@@ -25,7 +25,6 @@ from optmem.train.synth import Form
 T = TypeVar("T")
 TRAINED = ("encoder", "decoder", "all")
 BEGINNINGS = ("", "graft")
-TINY = 0.02  # what cooling leaves of the rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,8 @@ class Stage:
     losses: Weights = field(default_factory=Weights)
     rates: Rates = field(default_factory=lambda: Rates(muon=0.02, adam=2e-3))
     warmup: int = 10  # steps
-    cooldown: float = 0.5  # the last share of the stage, in which the rates fall to TINY
+    cooldown: float = 0.5  # the last share of the stage, in which the rates fall
+    coolest: float = 0.02  # what is left of them at its end
     mix: Mapping[str, float] = field(default_factory=dict)  # kinds of pages and how often; empty is the usual mix
 
     def __post_init__(self) -> None:
@@ -58,6 +58,7 @@ class Stage:
         _check(self.batch_side >= 0, f"stage {self.name!r}: batch_side must be 0 or pixels, got {self.batch_side}")
         _check(sum(form.share for form in self.pages) > 0, f"stage {self.name!r} has no pages")
         _check(0 <= self.cooldown <= 1, f"stage {self.name!r}: cooldown must be 0 to 1, got {self.cooldown}")
+        _check(0 <= self.coolest <= 1, f"stage {self.name!r}: coolest must be 0 to 1, got {self.coolest}")
 
     def pages_at_once(self, form: Form) -> int:
         """How many pages of a form make a batch."""
@@ -67,7 +68,7 @@ class Stage:
         """The factor on all rates at a step, the share `progress` of the stage being over."""
         warm = min(1.0, (step + 1) / (self.warmup + 1))
         cool = 1.0 if self.cooldown == 0 else min(1.0, (1.0 - progress) / self.cooldown)
-        return warm * max(TINY, cool)
+        return warm * (self.coolest + (1 - self.coolest) * cool)
 
 
 @dataclass(frozen=True, slots=True)
