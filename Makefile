@@ -7,7 +7,7 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*)
 .PHONY: help development demo test lint format bench gate asan wheel-test build clean
 
 help:
-	@echo "make demo   draw this README and a chat as pages, and say what they cost"
+	@echo "make demo   draw this README and a chat as pages, say what they cost, read them back"
 	@echo "make test   all tests        make lint   ruff, format, mypy     make gate   kernels for GPUs, compiled here"
 	@echo "make bench  speed ratios     make asan   C++ under sanitizers   make wheel-test   the wheel in a clean venv"
 
