@@ -14,7 +14,7 @@ from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOn
 from optmem.model.config_json import public_config
 from optmem.model.glance import centres
 from optmem.model.model import Model
-from optmem.model.nano import Row, count_rows, embed_prefix, join_rows, read_rows
+from optmem.model.nano import Row, _until_end, count_rows, embed_prefix, join_rows, read_rows
 from optmem.pages import paginate, symbols
 from optmem.pages.alphabet import SYMBOLS
 from optmem.pixels import find_mode
@@ -232,3 +232,11 @@ def test_centres_are_the_middles_of_cells():
 
 def test_end_is_end_of_text_for_the_engine():
     assert public_config("nano").eos_id == TOKENIZER.special(END)
+
+
+@pytest.mark.parametrize(("below", "count"), [([], 2), (["   "], 2), (["   ", "  "], 2), (["   ", "x"], 4)])
+def test_blanks_below_the_end_are_no_rows(below, count):
+    said = ["a" + symbols.LINE_END, "b" + symbols.TEXT_END, *below]
+    ids = [TOKENIZER.ids_of(np.frombuffer(row.encode("utf-32-le"), dtype="<u4")).tolist() for row in said]
+    rows = [Row(at, row, ended_by="eol") for at, row in enumerate(ids)]
+    assert _until_end(rows, TOKENIZER) == rows[:count]

@@ -29,6 +29,7 @@ from optmem.model.draft import Draft, Stream, advance
 from optmem.model.encoder import Encoder
 from optmem.model.glance import Glimpse
 from optmem.ops import PAGE_UNIT
+from optmem.pages.symbols import TEXT_END
 from optmem.pixels import NO_TILES, Mode
 from optmem.text.characters import BOS, END, EOL, CharacterTokenizer
 
@@ -204,7 +205,14 @@ class _Page:
         rows = [_row(number, stream, tokenizer) for number, stream in self.streams]
         if self.asked.rows is not None:
             return rows
-        return rows[: count_rows([row.is_below for row in rows]) + 1]
+        return _until_end(rows[: count_rows([row.is_below for row in rows]) + 1], tokenizer)
+
+
+def _until_end(rows: list[Row], tokenizer: CharacterTokenizer) -> list[Row]:
+    """Rows up to the mark that ends the text where only blanks are behind it: a row below may say those instead of `<end>`."""
+    said = [tokenizer.symbols(row.ids) for row in rows]
+    last = next((at for at, row in enumerate(said) if row.endswith(TEXT_END)), len(said))
+    return rows if "".join(said[last + 1 :]).strip(" ") else rows[: last + 1]
 
 
 def _row(number: int, stream: Stream, tokenizer: CharacterTokenizer) -> Row:
