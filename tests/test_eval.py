@@ -447,3 +447,9 @@ def test_a_text_is_read_as_it_is(tmp_path):
     (tmp_path / "a.md").write_text("# Title\n")
     page = from_text(read_input(str(tmp_path / "a.md")), SMALL, 1)[0]
     assert page.text == "# Title\n"
+
+
+def test_confidence_is_fitted_on_pages_at_their_own_size():
+    own, smaller = Form(128, "8x8"), Form(128, "8x8", 64)
+    assert [replace(PLAN, forms=(own, smaller)).calibrates(form) for form in (own, smaller)] == [True, False]
+    assert replace(PLAN, forms=(smaller,)).calibrates(smaller)

@@ -24,5 +24,8 @@ assert files("optmem").joinpath("kernels/patch_embed.py").is_file()
 pages = optmem.paginate("wheel\n")
 assert pages[0].text() == "wheel\n"
 assert pages[0].image().shape == (512, 512)
+engine = optmem.Engine.from_pretrained("nano")
+[done] = engine.decode(engine.encode(pages))
+assert done.text == "wheel\n", done.text
 PY
 echo "the wheel works in a clean venv"

@@ -77,6 +77,10 @@ class Plan:
             if twice is not None:
                 raise InputError(f"the {what} {twice!r} is named twice: results could not be told apart")
 
+    def calibrates(self, form: Form) -> bool:
+        """Whether confidence is to hold on such pages: on those shown at their own size, where there are any."""
+        return form.side == form.size or all(other.side != other.size for other in self.forms)
+
     def parts(self) -> list[Part]:
         """Every cell of the table."""
         return [Part(form, source) for form in self.forms for source in (*self.kinds, *self.texts)]
@@ -182,7 +186,8 @@ def _measure(nano: Nano, plan: Plan, part: Part, corpus: Corpus | None, reader: 
     samples = part.samples(plan, corpus)
     rows, features = part.rows(plan, samples), encode(nano, samples)
     readings = read_samples(nano, samples, features, rows, reader)
-    for number, (reading, tokens, asked) in enumerate(list(zip(readings, features, rows, strict=True))[:CALIBRATION_PAGES]):
+    kept = CALIBRATION_PAGES if plan.calibrates(part.form) else 0
+    for number, (reading, tokens, asked) in enumerate(list(zip(readings, features, rows, strict=True))[:kept]):
         random = np.random.default_rng([plan.seed, number])
         chosen = random.permutation(len(reading.rows))[:CALIBRATION_ROWS].tolist()
         evidence.add(

@@ -8,7 +8,8 @@
     controls         the same pages with nothing to read, or not theirs: a score above the floor would be guessing
     baselines        what the same number of tokens says without vision
     calibration      {"decoder_temperature": t, "glance_temperature": t, "decoder": {"before": .., "after": ..}, "glance": {..}}:
-                     fitted on every second page, measured on the others; before and after are the fields of `Calibration`.
+                     of pages shown at their own size: fitted on every second, measured on the others; before and after are
+                     the fields of `Calibration`.
                      is_held_out is false where there was one page alone, which then was both
 
 A rate that counts nothing, such as the digits of a text without any, is null.  low and high are a 95 % interval over pages.

@@ -1,0 +1,64 @@
+"""The checkpoint in the package: it is there, it is small, and it reads text that it was never shown."""
+
+from random import Random
+
+import pytest
+
+import optmem
+from optmem.engine.checkpoint import FIDELITY, find_checkpoint
+from optmem.train.scores import likeness
+
+LETTER = """Dear Ines,
+
+the parcel (no. 4471-QX) came on Tuesday, three weeks late and wet on one side. Of the twelve cups nine are whole; the
+blue jug lost its handle. I have put 38.50 aside for the carrier, who says that "nothing can be done", and written to
+the office in Graz -- no answer yet.
+
+    cups    9 of 12
+    jug     1 of 1, broken
+    total   38.50
+
+Shall I send the lot back, or will you look at it in June?  Your brother rang twice.
+Yours, M.
+"""
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return optmem.Engine.from_pretrained("nano", device="cpu")
+
+
+def test_it_is_small_and_measured():
+    folder = find_checkpoint("nano")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 40 * 2**20
+    assert (folder / FIDELITY).is_file()
+
+
+def test_it_reads_a_letter(engine):
+    pages = optmem.paginate(LETTER)
+    done = engine.decode(engine.encode(pages))
+    assert likeness(optmem.document_text(done), LETTER) > 0.99
+    assert all(page.finish_reason == "stop" and page.confidence > 0.95 for page in done)
+    assert likeness(optmem.document_text(engine.glance(engine.encode(pages))), LETTER) > 0.95
+
+
+def test_verified_drafts_say_what_token_by_token_says(engine):
+    tokens = engine.encode(optmem.paginate(LETTER))
+    drafted, plain = engine.decode(tokens), engine.decode(tokens, draft=None)
+    assert [page.token_ids for page in drafted] == [page.token_ids for page in plain]
+    assert [page.logprobs for page in drafted] == [page.logprobs for page in plain]
+    tokens_a_pass = sum(len(row.logprobs) for row in drafted[0].rows) / sum(row.passes for row in drafted[0].rows)
+    assert tokens_a_pass > 4
+
+
+def test_some_rows_are_those_of_the_page(engine):
+    tokens = engine.encode(optmem.paginate(LETTER))[:1]
+    whole, part = engine.decode(tokens)[0], engine.decode(tokens, rows=range(2, 5))[0]
+    assert part.row_symbols == whole.row_symbols[2:5]
+
+
+def test_it_reads_what_no_language_model_can_guess(engine):
+    words = Random(7).choices(["zorb", "Quilt", "17", "plinth", "x9", "never", "ohm", "KLM", "drift"], k=300)
+    text = " ".join(words)
+    done = engine.decode(engine.encode(optmem.paginate(text)))
+    assert likeness(optmem.document_text(done), text) > 0.99
