@@ -227,6 +227,15 @@ def test_the_command_trains_and_goes_on(tmp_path, monkeypatch, capsys):
     assert json.loads(Path("run/state/state.json").read_text())["pages"] == 8
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as usual: the background jobs of a shell begin without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_a_training_after_its_step_and_a_second_one_at_once(tmp_path):
     trainer = Trainer(Parts(tiny_nano()), tiny_recipe(encoder_stage(steps=4, batch=2)), FEED, Run(tmp_path))
     before = signal.getsignal(signal.SIGINT)
