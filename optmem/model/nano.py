@@ -3,8 +3,8 @@
     <bos>, vision rows each with a newline, separator | <row_17> c0 c1 .. <eol> <row_18>     a row, and what comes after it
     <bos>, vision rows each with a newline, separator | <row_99> <end>                       a row below the text
 
-The prefix is one for all rows, so a page is all its rows in parallel over one cache: nothing about the page's layout is told, rows
-are asked for until one answers `<end>`.  A row after another, with its own `<row_n>` emitted, is the stream of the document.
+The prefix is one for all rows, so a page is all its rows in parallel over one cache: nothing about the page's layout is told.  Rows
+are asked for a block at a time, until the last of a block answers `<end>`; which are asked never depends on a draft.
 
 Rows of many pages share one cache and go through the decoder together, as many as ROWS_AT_ONCE: a step of 128 rows takes four times
 as long as a step of one.  A glance of the page is a draft of its rows (draft.py).
@@ -64,9 +64,8 @@ class PageRows:
     """What is asked of one page."""
 
     prefix: Tensor  # [P, hidden], as embed_prefix makes it
-    rows: Sequence[int] | None = None  # None is the whole page: rows from 0 on until one answers `<end>`
+    rows: Sequence[int] | None = None  # None is the whole page: from row 0 to the end of its text
     draft: Callable[[int], Draft] | None = None  # of a row by its number
-    expected: int = BLOCK  # of a whole page: rows asked for at once
     max_symbols: int = MAX_ROW  # of a row, which has one token more: its end, or a symbol too many (`ended_by` is "length")
 
 
@@ -106,14 +105,12 @@ def draft_page(
     """Rows of a page, or all of it, with the glance of the whole page as their draft."""
     end, eol = tokenizer.special(END), tokenizer.special(EOL)
     cells: list[list[int]] = glimpse.ids.tolist()
-    seen = next((row for row, said in enumerate(cells) if said[:1] in ([], [end])), len(cells))
-
     chances: list[list[float]] = glimpse.probabilities.tolist()
 
     def draft(row: int) -> Draft:
         return CellDraft([*cells[row], eol], chances[row]) if row < len(cells) else CellDraft([end])
 
-    return PageRows(prefix, rows, draft, seen + 1, max_symbols)
+    return PageRows(prefix, rows, draft, max_symbols)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------
@@ -145,7 +142,7 @@ def read_pages(
     temperature    of Row.probabilities, not of the choice of tokens
     rows_at_once   memory is that of so many rows of the longest page, however many are asked for
 
-    Of a whole page the result is its rows up to the first that answered nothing but `<end>`, or all that have a name: MAX_ROWS.
+    Of a whole page the result is its rows up to the one below its text (`count_rows`), or all that have a name: MAX_ROWS.
     Raises InputError for a row that the vocabulary has no name for, and where a page and a row exceed the decoder's positions.
     """
     if not pages:
@@ -171,8 +168,8 @@ class _Page:
 
     def __init__(self, asked: PageRows, tokenizer: CharacterTokenizer) -> None:
         self.asked, self.names = asked, tokenizer.rows
-        self.waiting = deque(range(min(max(asked.expected, 1), len(self.names))) if asked.rows is None else asked.rows)
-        self.at_once = len(self.waiting) if asked.rows is not None else max(len(self.waiting), BLOCK)
+        self.waiting = deque(range(min(BLOCK, len(self.names))) if asked.rows is None else asked.rows)
+        self.at_once = len(self.waiting)
         self.shared: Written | None = None  # the prefix, while the page is open
         self.streams: list[tuple[int, Stream]] = []  # by row, in the order in which they were asked for
 
