@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from optmem import ops
+from optmem.machine import cpu_multiplies_bf16
 from optmem.native import NativeModule, native
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "markdown-it-py", "pypdfium2", "flash-attn")
@@ -24,6 +25,7 @@ def _version(package: str) -> str | None:
 
 def _devices() -> list[dict[str, Any]]:
     devices: list[dict[str, Any]] = [{"device": "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads()}]
+    devices[0]["products"] = "bf16 and fp32" if cpu_multiplies_bf16() else "fp32; models are held as such"
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         devices.append({"device": f"cuda:{index}", "name": card.name, "memory_gib": round(card.total_memory / 2**30, 1)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -24,12 +25,14 @@ from optmem.engine.result import Completion, Glanced
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import CheckpointError, InputError
 from optmem.images import as_image, is_whole
+from optmem.machine import fast_dtype
 from optmem.model.glance import Glance
 from optmem.model.model import Model
 from optmem.model.nano import MAX_ROW, PageRows, draft_page, embed_prefix, longest_row, read_pages
 from optmem.pixels import Mode, Views, make_views
 from optmem.text.characters import CharacterTokenizer
 
+log = logging.getLogger(__name__)
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
 DraftName = Literal["glance"]
 T = TypeVar("T")
@@ -57,14 +60,15 @@ class Engine:
         """An engine from a checkpoint that is shipped ("nano"), or from a folder in the hub layout.
 
         device   "auto" is a GPU where there is one
-        dtype    "auto" is what is stored, but fp32 for fp16 on a CPU
+        dtype    "auto" is what is stored, but fp32 on a CPU that multiplies it in software: `optmem env` says which
 
         Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model.
         """
         folder, place, chosen = find_checkpoint(name), choose_device(device), choose_dtype(dtype)
         model = Model.load(folder, device=place, dtype=chosen)
-        if chosen is None and model.decoder.dtype == torch.float16 and place.type == "cpu":
-            model = Model.load(folder, device=place, dtype=torch.float32)  # the CPU has no kernels for fp16
+        if chosen is None and place.type == "cpu" and model.decoder.dtype not in (torch.float32, fast_dtype(place)):
+            log.info("%s is stored as %s and held as fp32: this CPU has no products of that type", name, model.decoder.dtype)
+            model = Model.load(folder, device=place, dtype=torch.float32)
         return cls(model, read_temperatures(folder, model))
 
     @property

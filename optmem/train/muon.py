@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from optmem.machine import fast_dtype
+
 _PLAIN = re.compile(
     r"(embed|position|view_seperator|image_newline|patch_embed|lm_head|mlp\.gate\.|places|\.rows\.|\.columns\.|cursors|symbols|cells)"
 )
@@ -116,11 +118,11 @@ def apart(name: str, tensor: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[n, a, b] -> the same with singular values between about 0.7 and 1.2, in bf16."""
+    """[n, a, b] -> the same with singular values between about 0.7 and 1.2, in the fast type of their device."""
     a, b, c = _QUINTIC
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.transpose(1, 2) if is_tall else matrices).bfloat16()
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
+    x = (matrices.transpose(1, 2) if is_tall else matrices).to(fast_dtype(matrices.device))
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(x.dtype)
     for _ in range(_STEPS):
         square = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)

@@ -78,7 +78,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     seed: int = 1
     clip: float = 1.0  # norm of the gradient
-    autocast: bool = True  # bf16
+    autocast: bool = True  # bf16, where the device has it
     log_seconds: float = 5.0
     save_minutes: float = 3.0
 

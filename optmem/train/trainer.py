@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optmem.machine import fast_dtype
 from optmem.model.model import Model
 from optmem.text.characters import BOS, CHARACTERS, CharacterTokenizer, characters_json
 from optmem.train.alignment import Parts, graft
@@ -71,6 +72,7 @@ class Trainer:
         self.is_stopping = False
         self.parts, self.recipe, self.feed, self.run = parts.to(device), recipe, feed, run
         self.device = torch.device(device)
+        self.is_narrow = recipe.autocast and fast_dtype(self.device) == torch.bfloat16
         self.tokenizer = tokenizer or CharacterTokenizer(characters_json())
         self.place = Place()
         self.optimizer = Optimizer(self._trained(recipe.stages[0]))
@@ -163,7 +165,7 @@ class Trainer:
 
     def step(self, stage: Stage, labels: Labels, share: float = 0.0) -> Score:
         """One step: losses, gradients clipped, parameters moved.  `share` of the stage is over."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_narrow):
             found = score(
                 self.parts, labels, stage.losses, self.tokenizer.special(BOS), is_encoder_frozen=stage.trains == "decoder"
             )
