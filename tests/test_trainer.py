@@ -12,11 +12,10 @@ import torch
 
 from optmem.cli import main
 from optmem.errors import CheckpointError, InputError
-from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOneConfig
-from optmem.model.config_json import public_config
+from optmem.model.config import GlanceConfig
 from optmem.model.model import Model
 from optmem.testing import assert_equal
-from optmem.text.characters import CHARACTERS, END, EOL, CharacterTokenizer, characters_json
+from optmem.text.characters import CHARACTERS, END, EOL
 from optmem.train.alignment import TAUGHT, Parts, expert_of, graft
 from optmem.train.curves import draw_curves
 from optmem.train.feed import SynthFeed, chance_corpus
@@ -28,25 +27,11 @@ from optmem.train.synth import Form
 from optmem.train.train_command import stopped_by_signals
 from optmem.train.trainer import Run, Trainer, read_log
 
-TOKENIZER = CharacterTokenizer(characters_json())
+from .test_nano import TOKENIZER, tiny_nano
+
 FEED = SynthFeed(chance_corpus(count=200))
 MIX = {"words": 0.5, "characters": 0.5}
 SMALL = Form(128, "8x16")
-
-
-def tiny_nano():
-    return replace(
-        public_config("nano"),
-        stage_one=StageOneConfig(
-            width=32, layers=1, heads=2, mlp_width=64, global_layers=(), window=8, neck_width=16, channels=(16, 32),
-            crops_table=True,
-        ),
-        clip=ClipConfig(width=32, layers=1, heads=2, mlp_width=64, crops_table=True),
-        decoder=DecoderConfig(
-            vocab_size=704, hidden=32, layers=4, heads=2, dense_width=32, experts=64, expert_width=8, shared_experts=4, top_k=1
-        ),
-        glance=GlanceConfig(code=8, width=16),
-    )  # fmt: skip
 
 
 def drawn(form=SMALL, count=3, seed=5, **changes):
@@ -61,11 +46,29 @@ def drawn(form=SMALL, count=3, seed=5, **changes):
 def test_a_spot_is_the_middle_of_its_cell(form):
     batch, labels = drawn(form)
     height, width = form.cell_size
+    scale = form.size // form.side
     for page, grid in enumerate(sheets(batch, TOKENIZER)):
         for (y, x), symbol in zip(labels.spots[page].tolist(), labels.symbols[page].tolist(), strict=True):
-            scale = form.size // form.side
             assert grid.ids[y * scale // height, x * scale // width] == symbol
-    assert labels.cells.tolist() == [NOTHING if form.view else tiny_nano().glance.cells.index(form.cell_size)] * 3
+    shown = (height // scale, width // scale)
+    assert labels.cells.tolist() == [tiny_nano().glance.cells.index(shown)] * 3
+
+
+@pytest.mark.parametrize(("view", "cell"), [(384, (12, 6)), (256, (8, 4)), (0, (16, 8)), (320, None), (500, None)])
+def test_votes_are_for_cells_as_they_are_shown(view, cell):
+    known = tiny_nano().glance.cells
+    _, labels = drawn(Form(512, "8x16", view=view), count=1)
+    assert labels.cells.tolist() == [known.index(cell) if cell else NOTHING]
+
+
+def test_rows_that_begin_far_to_the_right_are_asked_more_often():
+    wide = FEED.batch(Form(256, "8x16"), 4, 1, {"characters": 1.0})
+    (blank,) = TOKENIZER.encode(" ")
+    wide.ids[:, :, :] = TOKENIZER.encode("x")[0] - TOKENIZER.first_symbol + 1
+    wide.ids[:, 3, :20] = blank - TOKENIZER.first_symbol + 1
+    labels = label(wide, TOKENIZER, (), np.random.default_rng(1), num_spots=8, num_stretches=200)
+    share = (labels.ids[:, :, 0] == TOKENIZER.rows[3]).float().mean()
+    assert 0.12 < share < 0.25  # of 16 rows
 
 
 def test_rows_say_what_the_page_says():

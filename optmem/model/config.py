@@ -89,7 +89,7 @@ class GlanceConfig:
 
     code: int = 24  # numbers a place inside the token is read into
     width: int = 256
-    cells: tuple[tuple[int, int], ...] = ((16, 8), (8, 8))  # height and width in pixels, of the cells that it knows
+    cells: tuple[tuple[int, int], ...] = ((16, 8), (8, 8), (12, 6), (8, 4))  # height and width in pixels, of cells it knows
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,15 +57,18 @@ class Parts(nn.Module):
 
     @torch.no_grad()
     def start_from(self, model: Model) -> None:
-        """Copies the weights of a trained model, to go on from there.  The helpers, which are not shipped, begin anew.
+        """Copies the weights of a trained model, to go on from there.  The helpers, which are not shipped, begin anew, and so do
+        the votes for cells that the model does not know.
 
         Raises InputError where the model is of another shape.
         """
         theirs = model.weights()
         for name, value in self.weights().items():
-            if name not in theirs or theirs[name].shape != value.shape:
+            given = theirs.get(name)
+            ours = value[: len(given)] if given is not None and name.startswith("glance.cells.") else value
+            if given is None or given.shape != ours.shape:
                 raise InputError(f"cannot start from this model: {name!r} is not there or of another shape")
-            value.copy_(theirs[name])
+            ours.copy_(given)
 
     def weights(self) -> dict[str, Tensor]:
         """What is shipped, by the names of the checkpoint."""

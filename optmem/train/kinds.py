@@ -145,15 +145,24 @@ def _fill(chance: Random, words: list[str], length: int, more: Sequence[str]) ->
 
 
 def _code(chance: Random, corpus: Corpus, length: int) -> str:
-    return excerpt(chance, corpus.code, length)
+    said = excerpt(chance, corpus.code, length)
+    if chance.random() < 0.2:  # as deep in a nest
+        said = textwrap.indent(said, " " * chance.randrange(4, 48))
+    return said
 
 
 # --- made up --------------------------------------------------------------------------------------------------------------------
 
 
 def _characters(chance: Random, _: Corpus, length: int) -> Keys:
-    """ASCII, digits or Latin-1 at random."""
-    return _random(chance, chance.choices([pool for pool, _ in _POOLS], [weight for _, weight in _POOLS])[0], length)
+    """ASCII, digits or Latin-1 at random, or long runs of the same: rules, rows of blanks, what is set far to the right."""
+    pool = chance.choices([pool for pool, _ in _POOLS], [weight for _, weight in _POOLS])[0]
+    keys = _random(chance, pool, length)
+    if chance.random() < 0.12:
+        random = np.random.default_rng(chance.getrandbits(63))
+        keys[random.random(length) < 0.4] = ord(" ")
+        keys = np.repeat(keys, random.geometric(1 / chance.choice((3, 12, 60)), size=length))[:length]
+    return keys
 
 
 def _symbols(chance: Random, _: Corpus, length: int) -> Keys:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optmem.pages.alphabet import BLANK
 from optmem.text.characters import END, EOL, MAX_ROWS, PAD, CharacterTokenizer
-from optmem.train.synth import Batch
+from optmem.train.synth import Batch, Form
 
 Ints = NDArray[np.int64]
 NOTHING = -100  # a target that no loss counts; torch's own number
@@ -91,15 +91,19 @@ def label(
     spots = [_spots(page, num_spots, rng) for page in pages]
     first = 2 + side // 64 * (side // 64 + 1)  # tokens of the prefix
     said = [_stretch(page, tokenizer, rng, rows_each, first) for page in pages for _ in range(num_stretches)]
-    cell = batch.form.cell_size
-    is_known = cell in known and side == batch.form.size
     return Labels(
         torch.from_numpy(batch.images[..., None]),
-        torch.full((len(pages),), known.index(cell) if is_known else NOTHING),
+        torch.full((len(pages),), _shown_cell(batch.form, known)),
         torch.from_numpy(np.stack([pixels for pixels, _ in spots])),
         torch.from_numpy(np.stack([ids for _, ids in spots])),
         *_stack(said, len(pages), num_stretches, tokenizer.special(PAD)),
     )
+
+
+def _shown_cell(form: Form, known: Sequence[tuple[int, int]]) -> int:
+    """Which of the known cells a form shows, or NOTHING where it is none."""
+    sides = [side * form.side / form.size for side in form.cell_size]
+    return next((number for number, cell in enumerate(known) if list(cell) == sides), NOTHING)
 
 
 def _spots(page: Sheet, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -133,6 +137,10 @@ def _stretch(page: Sheet, tokenizer: CharacterTokenizer, rng: np.random.Generato
         if row >= page.used:
             return _Stretch([tokenizer.rows[row]], [end], first, np.full((1, 2), NOWHERE))
     begin = int(rng.integers(max(1, page.used - rows_each + 1)))
+    if rng.random() < _INDENTED:
+        (blank,) = tokenizer.encode(" ")
+        far = np.flatnonzero((page.ids[: page.used, :_FAR] == blank).all(1))
+        begin = int(rng.choice(far)) if len(far) else begin
     ids: list[int] = []
     places: list[Ints] = []
     for row in range(begin, min(begin + rows_each, page.used)):
@@ -146,6 +154,8 @@ def _stretch(page: Sheet, tokenizer: CharacterTokenizer, rng: np.random.Generato
 
 
 _BELOW = 0.06  # share of rows asked below the text
+_INDENTED = 0.1  # and of those that begin with blanks, which look like rows below the text,
+_FAR = 10  # so many at least
 
 
 def _said(page: Sheet, row: int, tokenizer: CharacterTokenizer) -> list[int]:
