@@ -15,16 +15,13 @@ from optmem.cli import main
 from optmem.engine.checkpoint import fingerprint
 from optmem.errors import InputError, OutputError
 from optmem.inputs import Given, read_input
-from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOneConfig
-from optmem.model.config_json import public_config
 from optmem.model.model import Model
 from optmem.model.nano import Row, embed_prefix, read_rows
 from optmem.pages import read_symbols, symbols
 from optmem.pixels import find_mode
-from optmem.text.characters import CHARACTERS, EOL, CharacterTokenizer, characters_json
+from optmem.text.characters import EOL
 from optmem.text.count import estimate_tokens
 from optmem.train import corpus as corpora
-from optmem.train.alignment import Parts
 from optmem.train.evaluate import Part, Plan, evaluate
 from optmem.train.evaluate_controls import pool, truncate
 from optmem.train.evaluate_pages import Sample, form_name, from_text, held_out, mode_of, parse_form, unspoken
@@ -44,26 +41,16 @@ from optmem.train.fidelity import Cell, Tier, write
 from optmem.train.sources import SOURCES
 from optmem.train.synth import Form
 
-TOKENIZER = CharacterTokenizer(characters_json())
+from .test_nano import TOKENIZER
+from .test_nano import tiny_model as quiet_model
+
 SMALL = Form(128, "8x16")
 PLAN = Plan((SMALL, Form(128, "8x8", 64)), ("prose", "characters"), pages=3, rows=2)
 
 
 def tiny_model(seed=0, loud=20):
     """A reader that says something, and always the same."""
-    config = replace(
-        public_config("nano"),
-        stage_one=StageOneConfig(
-            width=32, layers=2, heads=2, mlp_width=64, global_layers=(), window=8, neck_width=16, channels=(16, 32),
-            crops_table=True,
-        ),
-        clip=ClipConfig(width=32, layers=1, heads=2, mlp_width=64, crops_table=True),
-        decoder=DecoderConfig(
-            vocab_size=704, hidden=32, layers=4, heads=2, dense_width=32, experts=64, expert_width=8, shared_experts=4, top_k=1
-        ),
-        glance=GlanceConfig(code=8, width=16),
-    )  # fmt: skip
-    model = Model(config, Parts(config, seed).weights(), TOKENIZER, {CHARACTERS: characters_json()})
+    model = quiet_model(seed)
     with torch.no_grad():
         model.decoder.lm_head.weight.mul_(loud)
         model.decoder.model.embed_tokens.weight.mul_(loud)
