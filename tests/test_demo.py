@@ -14,6 +14,7 @@ from optmem.demo import MOST_READ, ReadBack, read_back, sample
 from optmem.demo_report import write_report
 from optmem.engine import Engine
 from optmem.engine.reading import complete
+from optmem.errors import InputError
 from optmem.inputs import Given
 from optmem.model.nano import Row
 from optmem.text.characters import END
@@ -77,6 +78,8 @@ def test_the_rows_of_a_page_are_all_of_its_symbols():
     rows = page.symbol_rows()
     assert TOKENIZER.text(int(token) for row in rows for token in TOKENIZER.ids_of(_codes(row))) == HOSTILE
     assert len(rows) == len(page.lines)
+    with pytest.raises(InputError, match="dense or packed"):
+        paginate("text", style="document")[0].symbol_rows()
 
 
 def test_reading_without_fault_is_said_to_be_that():

@@ -307,6 +307,11 @@ def test_no_curves_without_a_log(tmp_path):
 # --- recipes ------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_recipe(tmp_path)
+
+
 def test_the_shipped_recipe_can_be_read(request):
     recipe = read_recipe(request.config.rootpath / "recipes" / "nano.toml")
     assert recipe.stages[0].name == "encoder"

@@ -18,13 +18,13 @@ from pathlib import Path
 from optmem.errors import CheckpointError
 from optmem.files import checkpoint_folder, read_json
 from optmem.model.config import ClipConfig, DecoderConfig, Family, GlanceConfig, ModelConfig, QueryConfig, StageOneConfig
+from optmem.pixels import PIXELS_PER_TOKEN
 
 CONFIG = "config.json"
 MAX_CONFIG = 1 << 20  # bytes
 _SHOWN = 40  # characters of a bad value in a message
 _CLIP_PATCH = 14  # pixels; only the quotient of image_size and patch_size means anything here
 _PATCH = 16  # pixels; what the patch operator cuts a page into
-_TOKEN = 64  # pixels of a vision token's side: four patches, twice halved
 
 _FAMILIES: dict[str, Family] = {
     "DeepseekOCRForCausalLM": "deepseek-ocr",
@@ -385,7 +385,7 @@ def check_config(config: ModelConfig) -> None:
         _check(width % count == 0, f"{name}: a width of {width} cannot be split into {count} heads")
     _check(stage_one.patch == _PATCH, f"sam_vit_b: patch_size must be {_PATCH}, got {stage_one.patch}")
     for name, side in {"image_size": config.base_side, "tile_size": config.tile_side}.items():
-        _check(side % _TOKEN == 0, f"{name} must be a multiple of {_TOKEN} pixels, got {side}")
+        _check(side % PIXELS_PER_TOKEN == 0, f"{name} must be a multiple of {PIXELS_PER_TOKEN} pixels, got {side}")
     _check(config.max_tiles != 1, "max_tiles must be 0 or at least 2: a single tile would be the global view again")
     _check(decoder.head_dim % 2 == 0, f"decoder: rotation needs an even head width, got {decoder.head_dim}")
     _check(decoder.top_k <= decoder.experts, f"decoder: {decoder.top_k} experts per token of {decoder.experts}")

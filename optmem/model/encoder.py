@@ -17,8 +17,7 @@ from optmem.model.clip import Clip
 from optmem.model.config import ModelConfig
 from optmem.model.query import QueryStage
 from optmem.model.stage_one import StageOne
-
-PIXELS_PER_TOKEN = 64  # along a side
+from optmem.pixels import PIXELS_PER_TOKEN
 
 
 class Encoder(nn.Module):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from optmem.errors import InputError
 from optmem.model.config import DecoderConfig, GlanceConfig
 from optmem.model.layout import PLACE_HEIGHT, PLACE_WIDTH
+from optmem.pixels import PIXELS_PER_TOKEN
 
-TOKEN = 64  # pixels along a side of what a vision token covers
 NORM_EPS = 1e-5
 
 
@@ -65,7 +65,7 @@ class Glance(ReadOut):
     """The read-out of vision tokens, and the vote on the size of cells."""
 
     def __init__(self, config: GlanceConfig, decoder: DecoderConfig) -> None:
-        super().__init__(TOKEN, decoder.hidden, config.code, config.width, decoder.vocab_size)
+        super().__init__(PIXELS_PER_TOKEN, decoder.hidden, config.code, config.width, decoder.vocab_size)
         self.known = config.cells
         self.cells = nn.Linear(decoder.hidden, len(config.cells))
 
@@ -88,7 +88,7 @@ class Glance(ReadOut):
         votes = self.vote(tokens[None])[0].float().softmax(-1)
         confidence, winner = votes.max(-1)
         cell = self.known[int(winner)]
-        pixels, shape = centres(across * TOKEN, cell, rows)
+        pixels, shape = centres(across * PIXELS_PER_TOKEN, cell, rows)
         logits = self(tokens[None], pixels[None].to(tokens.device))[0].float() / temperature
         probabilities, ids = logits.softmax(-1).max(-1)
         return Glimpse(ids.view(shape), probabilities.view(shape), cell, float(confidence))

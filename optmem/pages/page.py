@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from optmem import ops
+from optmem.errors import InputError
 from optmem.pages.atlas import GlyphStore
 from optmem.pages.blocks import Span
 
@@ -80,7 +81,12 @@ class Page:
         return Characters(table.symbols[glyph], boxes, self.sources)
 
     def symbol_rows(self) -> list[str]:
-        """dense and packed: the symbols on every row of cells that the text reaches, as a reader is to say them."""
+        """dense and packed: the symbols on every row of cells that the text reaches, as a reader is to say them.
+
+        Raises InputError for a page of the style document, which has no cells.
+        """
+        if self.style == "document":
+            raise InputError("a page of the style document has no rows of cells: paginate with dense or packed")
         found = self.characters()
         _, row_of = np.unique(found.boxes[:, 1], return_inverse=True)
         rows = np.split(found.symbols.astype("<u4"), np.flatnonzero(np.diff(row_of)) + 1)

@@ -15,7 +15,6 @@ from optmem.config import check_choice
 from optmem.engine.checkpoint import find_checkpoint
 from optmem.inputs import Given, read_input
 from optmem.model.model import Model
-from optmem.train.corpus import open_corpus
 from optmem.train.evaluate import EVERY_FORM, Part, Plan, evaluate
 from optmem.train.evaluate_pages import parse_form, unspoken
 from optmem.train.evaluate_reading import Nano
@@ -23,7 +22,7 @@ from optmem.train.evaluate_report import save, table
 from optmem.train.fidelity import check_writable
 from optmem.train.kinds import PageKind
 from optmem.train.synth import Form
-from optmem.train.synth_command import CORPUS
+from optmem.train.synth_command import CORPUS, collected
 
 DEFAULTS = Plan()
 _SHOWN = 20  # characters named in a note
@@ -80,7 +79,7 @@ def eval_command(
     Nano.of(loaded)  # before minutes of collecting text
     check_writable(output)
     _say_escapes(given, plan.forms)
-    text = open_corpus(_told(corpus.expanduser()), "held-out") if plan.kinds else None
+    text = collected(corpus, "held-out") if plan.kinds else None
     found = evaluate(loaded, plan, text, watch=_bar)
     files = save(found, output)
     if as_json:
@@ -108,12 +107,6 @@ def _say_escapes(given: Sequence[Given], forms: Sequence[Form]) -> None:
             shown = " ".join(chars[:_SHOWN]) + (" …" if len(chars) > _SHOWN else "")
             note = f"{text.name} has {len(chars)} characters that not every cell has a picture of"
             click.echo(f"{note}; they are read as escapes: {shown}", err=True)
-
-
-def _told(folder: Path) -> Path:
-    if not (folder / "corpus.json").is_file():
-        click.echo(f"collecting text in {folder}: a minute or two, once", err=True)
-    return folder
 
 
 def _bar(parts: Sequence[Part]) -> Iterable[Part]:

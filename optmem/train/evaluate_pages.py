@@ -21,13 +21,12 @@ from optmem.errors import InputError
 from optmem.inputs import Given
 from optmem.pages import draw_pages, lay_out, read_source, read_symbols, symbols
 from optmem.pages.alphabet import AlphabetFont, alphabet_atlas, spell
-from optmem.pixels import Mode, find_mode
+from optmem.pixels import PIXELS_PER_TOKEN, Mode, find_mode
 from optmem.train.corpus import Corpus
 from optmem.train.degrade import Pixels
 from optmem.train.kinds import Mix, PageKind
 from optmem.train.synth import Form, LabelledPage, SynthConfig, draw_batch
 
-TOKEN = 64  # pixels along a side of what a vision token covers
 ENDS_EVERY = 4  # pages
 _DRAWN_AT_ONCE = 8
 _PIXELS = re.compile(r"[0-9]{1,5}")
@@ -63,8 +62,8 @@ def parse_form(text: str) -> Form:
         allowed = f"size:cell or size:cell:side, such as 512:8x16 or 512:8x8:384, with a cell of {', '.join(cells)}"
         raise InputError(f"a form is {allowed}, got {text[:80]!r}")
     form = Form(int(size), cells[name], int(side or 0))
-    if form.side % TOKEN:
-        raise InputError(f"the encoder wants pictures of a multiple of {TOKEN} pixels, got {form.side} in {text!r}")
+    if form.side % PIXELS_PER_TOKEN:
+        raise InputError(f"the encoder wants pictures of a multiple of {PIXELS_PER_TOKEN} pixels, got {form.side} in {text!r}")
     return form
 
 

@@ -18,10 +18,10 @@ from optmem.model.model import Model
 from optmem.model.nano import PageRows, Row, count_rows, draft_page, embed_prefix, longest_row, read_pages
 from optmem.ops import PAGE_UNIT
 from optmem.pages import read_symbols
-from optmem.pixels import Mode
+from optmem.pixels import PIXELS_PER_TOKEN, Mode
 from optmem.text.characters import END, EOL, MAX_ROWS, CharacterTokenizer
 from optmem.train.distance import keep
-from optmem.train.evaluate_pages import TOKEN, Sample, mode_of
+from optmem.train.evaluate_pages import Sample, mode_of
 from optmem.train.scores import PageScore, likeness, score_rows
 
 _PIXELS_AT_ONCE = 2**21
@@ -216,7 +216,7 @@ def said_logits(decoder: Decoder, prefix: Tensor, rows: Sequence[Row], tokenizer
 @torch.inference_mode()
 def glance_distributions(nano: Nano, reading: Reading, features: Tensor, rows: Rows, most: int, seed: int) -> Distributions:
     """Of some of the cells that the glance took for symbols, at most so many."""
-    pixels, _ = centres(round(features.shape[0] ** 0.5) * TOKEN, reading.cell, rows)
+    pixels, _ = centres(round(features.shape[0] ** 0.5) * PIXELS_PER_TOKEN, reading.cell, rows)
     ids = reading.seen.flatten()
     symbols = (ids >= nano.tokenizer.first_symbol).nonzero()[:, 0]
     cells = symbols[torch.randperm(len(symbols), generator=torch.Generator().manual_seed(seed))[:most]]

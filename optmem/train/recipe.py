@@ -95,6 +95,8 @@ def read_recipe(path: Path) -> Recipe:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceNotFoundError(f"there is no recipe {path.name!r}") from None
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read as a recipe: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path.name} is not TOML: {str(error).splitlines()[0]}") from None
     return parse_recipe(content)

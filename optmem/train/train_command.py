@@ -16,11 +16,10 @@ from optmem.engine.checkpoint import choose_device, find_checkpoint
 from optmem.model.config_json import public_config
 from optmem.model.model import Model
 from optmem.train.alignment import Parts
-from optmem.train.corpus import open_corpus
 from optmem.train.feed import SynthFeed
 from optmem.train.losses import Score
 from optmem.train.recipe import Recipe, Stage, read_recipe
-from optmem.train.synth_command import CORPUS
+from optmem.train.synth_command import CORPUS, collected
 from optmem.train.trainer import Run, Trainer, progress
 
 SHOWN = ("glance", "text", "look 1", "look 2")  # of a step's scores, those that say most
@@ -53,11 +52,9 @@ def train(recipe: Path, folder: Path, start: str | None, minutes: float | None, 
     place = choose_device(device)
     if threads:
         torch.set_num_threads(threads)
-    text = corpus.expanduser()
-    if not (text / "corpus.json").is_file():
-        click.echo(f"collecting text in {text}: a minute or two, once", err=True)
+    text = collected(corpus)
     with Bar(plan) as bar:
-        parts, feed = Parts(public_config("nano"), plan.seed), SynthFeed(open_corpus(text))
+        parts, feed = Parts(public_config("nano"), plan.seed), SynthFeed(text)
         if start is not None:
             parts.start_from(Model.load(find_checkpoint(start)))
         trainer = Trainer(parts, plan, feed, Run(folder), device=str(place), watch=bar.show)
