@@ -27,10 +27,13 @@ import pytest
 import torch
 
 from optmem.engine import Engine
+from optmem.engine.draft import CellDraft
+from optmem.engine.rows import PageRows, draft_page, read_pages
+from optmem.engine.scheduler import Limits
 from optmem.errors import SourceNotFoundError
 from optmem.model.config_json import public_config
 from optmem.model.model import Model
-from optmem.model.nano import CellDraft, PageRows, draft_page, embed_prefix, longest_row, read_pages
+from optmem.model.nano import embed_prefix, longest_row
 from optmem.pixels import MODES
 from optmem.testing import generator
 from optmem.text.characters import CHARACTERS, EOL, CharacterTokenizer, characters_json
@@ -118,7 +121,7 @@ class Reader:
             return self.read(self.drafted())
         if way == "greedy, a page's rows":
             return [rows for page in self.asked for rows in self.read([page])]
-        return self.read(self.asked, rows_at_once=1) if way == "greedy, a row after another" else self.read(self.asked)
+        return self.read(self.asked, limits=Limits(texts=1)) if way == "greedy, a row after another" else self.read(self.asked)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +141,7 @@ def bench_read(benchmark, capsys, reader, way):
     benchmark.group = f"nano, {PAGES} full pages{weights}"
     is_slow = way == WAYS[0]
     if is_slow:
-        assert reader.read(reader.asked[:1], rows_at_once=1) == reader.answers[:1], "the answer is wrong"
+        assert reader.read(reader.asked[:1], limits=Limits(texts=1)) == reader.answers[:1], "the answer is wrong"
     else:
         assert reader.run(way) == reader.answers, "the answer is wrong"
     found = benchmark.pedantic(reader.run, (way,), rounds=1 if is_slow else 3)

@@ -7,7 +7,8 @@
     ├── SourceNotFoundError            a file or folder that is not there, or may not be read
     ├── OutputError                    a file or folder that cannot be written
     ├── MissingDependencyError         an optional package that this call needs
-    └── BackendError                   the device or the native module that this call needs is not here
+    ├── BackendError                   the device or the native module that this call needs is not here
+    └── ModelError                     a pass of the model that failed, or said what is no number
 
 Messages say what was given, what is allowed and what to do; they hold no addresses and no private paths.
 The command line prints the message as one sentence and leaves with ``exit_code`` (the numbers of sysexits.h).
@@ -56,3 +57,7 @@ class BackendError(OptmemError, RuntimeError):
     """The device or the native module that this call needs is not here."""
 
     exit_code = 69
+
+
+class ModelError(OptmemError, RuntimeError):
+    """A pass of the model failed, or said what is no number."""

@@ -308,3 +308,81 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order:
         outputs = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert])
         sums.index_add_(0, tokens, (outputs * weights.flatten()[pairs, None]).to(sums.dtype))
     return sums.to(x.dtype)
+
+
+# --- the next token -------------------------------------------------------------------------------------------------------------
+
+
+def pick_token(
+    logits: Tensor,
+    history: Tensor,
+    guard_size: Tensor,
+    guard_window: Tensor,
+    allowed: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    chance: Tensor,
+    most_guard: int,
+    is_sampled: bool,
+) -> tuple[Tensor, Tensor]:
+    """Guard, the likeliest or a drawn token, its raw log-probability; nothing waits for the device.  As in ops.pick_token."""
+    guarded = guard_repeats(logits, history, guard_size, guard_window, allowed, most_guard)
+    ids = guarded.argmax(-1)  # of equals the lower id
+    is_sound = temperature == 0
+    if is_sampled:
+        ids = torch.where(is_sound, ids, draw_token(guarded, temperature, top_p, chance))
+        is_sound = (temperature >= 0) & temperature.isfinite()
+    del guarded  # or log_softmax is the second copy alive, for which a CPU asks the system: 59 ms for 64 rows of 129,280, not 26
+    logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]  # NaN where a logit is NaN or +inf, or all are -inf
+    is_sound = is_sound & (guard_size <= most_guard) & ~logprobs.isnan()
+    return ids.masked_fill(~is_sound, -1), logprobs.masked_fill(~is_sound, torch.nan)
+
+
+def guard_repeats(
+    logits: Tensor, history: Tensor, guard_size: Tensor, guard_window: Tensor, allowed: Tensor, most_guard: int
+) -> Tensor:
+    """The logits, -inf for what would repeat an n-gram and is not allowed; where that leaves nothing, nothing is banned."""
+    if most_guard == 0 or history.shape[1] == 0:
+        return logits
+    is_banned = ends_of_repeats(history, guard_size, guard_window, most_guard)
+    places = history.clamp(0, logits.shape[1] - 1)
+    bans = torch.where(is_banned & (history == places), -torch.inf, torch.inf).to(logits.dtype)
+    guarded = logits.clone()
+    guarded.scatter_reduce_(1, places, bans, "amin")
+    _give_back(guarded, logits, allowed, torch.ones_like(allowed, dtype=torch.bool))
+    _give_back(guarded, logits, history, guarded.amax(-1, keepdim=True) == -torch.inf)
+    return guarded
+
+
+def ends_of_repeats(history: Tensor, guard_size: Tensor, guard_window: Tensor, most_guard: int) -> Tensor:
+    """True where an n-gram of the window ends whose first n - 1 tokens are the last n - 1 of the history: bool [N, L]."""
+    length = history.shape[1]
+    width = min(most_guard, length) - 1  # of the longest prefix; a longer n-gram is not in the history
+    before = torch.nn.functional.pad(history, (width, 0), value=-1).unfold(1, width, 1)  # [N, L + 1, width]: before every place
+    back = torch.arange(width, 0, -1, device=history.device)
+    is_same = before[:, :-1] == before[:, -1:]
+    is_same |= back >= guard_size[:, None, None]  # a shorter n-gram does not ask so far back
+    first = length - torch.minimum((history >= 0).sum(1), guard_window).clamp(min=0)  # the place where the window begins
+    place = torch.arange(length, device=history.device)
+    is_inside = (place - first[:, None] >= guard_size[:, None] - 1) & (guard_size > 0)[:, None]
+    return is_same.all(-1) & is_inside
+
+
+def _give_back(guarded: Tensor, logits: Tensor, ids: Tensor, is_given: Tensor) -> None:
+    """In place: the ids [N, K] have their own logits again where is_given says so.  An id that no token has is passed over."""
+    places = ids.clamp(0, logits.shape[1] - 1)
+    raw = logits.gather(1, places).masked_fill(~(is_given & (ids == places)), -torch.inf)
+    guarded.scatter_reduce_(1, places, raw, "amax")
+
+
+def draw_token(logits: Tensor, temperature: Tensor, top_p: Tensor, chance: Tensor) -> Tensor:
+    """A token of every row's nucleus: int64 [N].  Masses are whole numbers, whose sums are the same in any order."""
+    scores, ids = logits.sort(dim=-1, descending=True, stable=True)
+    highest, heat = scores[:, :1].double(), torch.where(temperature > 0, temperature, 1.0).double()[:, None]
+    unit = 2.0 ** (62 - logits.shape[1].bit_length())  # the likeliest token's mass; all together stay below 2^62
+    mass = scores.double().sub_(highest).div_(heat).exp_().mul_(unit).round_().long().cumsum(-1)
+    total, last = mass[:, -1:], mass.shape[1] - 1  # a row of NaN has no order, and what is found there may be behind the last
+    share = torch.where(top_p[:, None] < 1, (top_p.double()[:, None] * total).ceil().long(), total)
+    kept = mass.gather(1, torch.searchsorted(mass, share).clamp(max=last))
+    passed = (chance[:, None] * kept).long().clamp(min=0).minimum(kept - 1)
+    return ids.gather(1, torch.searchsorted(mass, passed, right=True).clamp(max=last))[:, 0]

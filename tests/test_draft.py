@@ -8,16 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optmem.engine.draft import CellDraft, accept
+from optmem.engine.loop import Loop
+from optmem.engine.rows import BLOCK, PageRows, RowsRequest, draft_page, read_pages
+from optmem.engine.runner import Runner
+from optmem.engine.scheduler import Limits, Scheduler
+from optmem.engine.speech import PATIENCE
 from optmem.errors import InputError
 from optmem.model.cache import Cache
-from optmem.model.draft import PATIENCE, Stream, accept, advance
 from optmem.model.glance import Glimpse
-from optmem.model.nano import BLOCK, CellDraft, PageRows, draft_page, embed_prefix, join_rows, read_pages, read_rows
+from optmem.model.nano import embed_prefix, join_rows
 from optmem.pixels import find_mode
 from optmem.testing import generator
 from optmem.text.characters import END, EOL, MAX_ROWS
 
-from .test_nano import TOKENIZER, pages, tiny_model
+from .test_nano import TOKENIZER, pages, read_rows, tiny_model
 
 EOL_ID, END_ID = TOKENIZER.special(EOL), TOKENIZER.special(END)
 MOST = 12  # symbols of a row
@@ -134,7 +139,7 @@ def test_rows_of_many_pages_are_those_of_each_page(reader):
     asked = [PageRows(prefix, rows, max_symbols=most) for prefix, rows, most in several]
     alone = [read_rows(decoder, page.prefix, page.rows, TOKENIZER, max_symbols=page.max_symbols) for page in asked]
     for at_once in (1, 2, 4, 100):
-        assert read_pages(decoder, asked, TOKENIZER, rows_at_once=at_once) == alone
+        assert read_pages(decoder, asked, TOKENIZER, limits=Limits(texts=at_once)) == alone
 
 
 @pytest.mark.parametrize("room", [1, 9, 24, 10**6])
@@ -142,13 +147,12 @@ def test_a_pass_has_room_for_so_much_and_the_text_is_the_same(reader, monkeypatc
     decoder, prefixes = reader
     plain = read_rows(decoder, prefixes[0], range(3), TOKENIZER, max_symbols=MOST)
     fed = []
-    monkeypatch.setattr("optmem.model.draft.TOKENS_AT_ONCE", room)
     monkeypatch.setattr(
         Cache, "batch", lambda self, seqs, counts, batch=Cache.batch: fed.append(sum(counts)) or batch(self, seqs, counts)
     )
     page = PageRows(prefixes[0], range(3), lambda row: Fixed(said(plain[row])), max_symbols=MOST)
-    assert read_pages(decoder, [page], TOKENIZER) == [plain]
-    assert max(fed[1:]) <= max(room, 3)
+    assert read_pages(decoder, [page], TOKENIZER, limits=Limits(tokens=room)) == [plain]
+    assert max(fed) <= room
 
 
 def test_a_draft_that_is_never_right_is_soon_asked_no_more(reader):
@@ -172,32 +176,31 @@ def test_a_draft_that_is_never_right_is_soon_asked_no_more(reader):
 
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_refused_tokens_leave_nothing_behind(reader, every):
-    """After every pass a stream holds the pages of what it said and no others; the pages in use are those of all streams."""
+    """After every pass a text holds the pages of what it said and no others; the pages in use are those of all texts."""
     decoder, prefixes = reader
     plain = read_rows(decoder, prefixes[0], range(3), TOKENIZER, max_symbols=40)
     cache = Cache(decoder.config, 40, dtype=decoder.dtype)
-    page = cache.new_sequence(prompt=len(prefixes[0]))
-    with torch.inference_mode():
-        decoder(prefixes[0], cache.batch([page], [len(prefixes[0])]), cache)
+    scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions)
+    loop = Loop(scheduler, Runner(decoder, cache))
     drafts = [Fixed(wrong(said(row), every, generator(f"memory {every}"))) for row in plain]
-    streams = [Stream(page.fork(), TOKENIZER.rows[at], 41, draft) for at, draft in enumerate(drafts)]
-    while alive := [stream for stream in streams if not stream.is_over]:
-        advance(decoder, cache, alive, (EOL_ID, END_ID))
-        for stream in streams:
-            assert stream.written.length == (0 if stream.is_over else len(prefixes[0]) + len(stream.ids))
-        cache.check_integrity([page, *(stream.written for stream in streams)])
-    assert [stream.ids for stream in streams] == [said(row) for row in plain]
-    page.close()
-    assert len(cache.free) == 40
+    request = RowsRequest(PageRows(prefixes[0], range(3), drafts.__getitem__, max_symbols=40), decoder, TOKENIZER)
+    loop.submit(request)
+    while loop.step():
+        scheduler.check_integrity()
+        for speech in scheduler.running:
+            assert speech.written is None or speech.written.length == speech.known - 1
+    assert request.found() == plain
+    scheduler.check_integrity()
+    assert cache.num_free == 40
 
 
 def test_memory_is_that_of_the_rows_in_flight(reader, monkeypatch):
     decoder, prefixes = reader
     made = []
-    monkeypatch.setattr("optmem.model.nano.Cache", lambda *args, **settings: made.append(Cache(*args, **settings)) or made[-1])
-    read_pages(decoder, [PageRows(prefixes[0], range(20), max_symbols=2)] * 5, TOKENIZER, rows_at_once=8)
-    assert len(made[0].users) < 8 * 4
-    assert len(made[0].free) == len(made[0].users)
+    monkeypatch.setattr("optmem.engine.rows.Cache", lambda *args, **settings: made.append(Cache(*args, **settings)) or made[-1])
+    read_pages(decoder, [PageRows(prefixes[0], range(20), max_symbols=2)] * 5, TOKENIZER, limits=Limits(texts=8))
+    assert made[0].num_pages < 8 * 5
+    assert made[0].num_free == made[0].num_pages
 
 
 # --- whole pages --------------------------------------------------------------------------------------------------------------
@@ -324,7 +327,7 @@ def test_cells_are_proposed_from_the_column_after_what_was_said():
         ({"rows": [128]}, "rows are 0 to 127, got 128"),
         ({"rows": [-1]}, "rows are 0 to 127, got -1"),
         ({"max_symbols": -1}, "max_symbols must be 0 or more"),
-        ({"prefix": torch.zeros(8192, 32)}, "must be below 8192 together"),
+        ({"prefix": torch.zeros(8192, 32)}, "at most 8192 together"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(change, message):
@@ -336,10 +339,12 @@ def test_what_cannot_be_asked_is_refused(change, message):
     assert read_pages(model.decoder, [PageRows(torch.zeros(5, 32), [])], TOKENIZER) == [[]]
 
 
-@pytest.mark.parametrize("wrong", [{"rows_at_once": 0}, {"temperature": 0.0}, {"temperature": float("nan")}])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan")])
 def test_settings_are_checked(wrong):
-    with pytest.raises(InputError, match="rows_at_once must be 1 or more"):
-        read_pages(tiny_model().decoder, [PageRows(torch.zeros(5, 32), [0])], TOKENIZER, **wrong)
+    with pytest.raises(InputError, match="temperature must be above 0"):
+        read_pages(tiny_model().decoder, [PageRows(torch.zeros(5, 32), [0])], TOKENIZER, temperature=wrong)
+    with pytest.raises(InputError, match="at least one text and one token"):
+        Limits(texts=0)
 
 
 def test_a_temperature_moves_probabilities_and_not_the_text(reader):

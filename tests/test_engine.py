@@ -448,7 +448,7 @@ def test_tokens_that_do_not_fit_are_refused(engine, change, message):
         ({"rows": [True]}, "whole numbers from 0 to 127, got True"),
         ({"rows": iter(lambda: 3, 4)}, "more than 128 of them"),
         ({"rows": 3}, "rows are an iterable of numbers"),
-        ({"draft": "magic"}, "draft must be 'glance' or None"),
+        ({"draft": "magic"}, "draft must be 'auto', 'glance', 'ngrams', None"),
         ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number of at least 1"),
     ],

@@ -16,7 +16,7 @@ from optmem.engine.checkpoint import fingerprint
 from optmem.errors import InputError, OutputError
 from optmem.inputs import Given, read_input
 from optmem.model.model import Model
-from optmem.model.nano import Row, embed_prefix, read_rows
+from optmem.model.nano import Row, embed_prefix
 from optmem.pages import read_symbols, symbols
 from optmem.pixels import find_mode
 from optmem.text.characters import EOL
@@ -41,7 +41,7 @@ from optmem.train.fidelity import Cell, Tier, write
 from optmem.train.sources import SOURCES
 from optmem.train.synth import Form
 
-from .test_nano import TOKENIZER
+from .test_nano import TOKENIZER, read_rows
 from .test_nano import tiny_model as quiet_model
 
 SMALL = Form(128, "8x16")

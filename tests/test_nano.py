@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optmem.engine.rows import PageRows, read_pages
 from optmem.errors import CheckpointError, InputError
 from optmem.model.cache import Cache
 from optmem.model.config import ClipConfig, DecoderConfig, GlanceConfig, StageOneConfig
 from optmem.model.config_json import public_config
 from optmem.model.glance import centres
 from optmem.model.model import Model
-from optmem.model.nano import Row, _until_end, count_rows, embed_prefix, join_rows, read_rows
+from optmem.model.nano import Row, count_rows, embed_prefix, join_rows, until_end
 from optmem.pages import paginate, symbols
 from optmem.pages.alphabet import SYMBOLS
 from optmem.pixels import find_mode
@@ -50,6 +51,11 @@ def tiny_model(seed=0):
 def pages(count, side=128):
     rng = torch.Generator().manual_seed(count)
     return torch.randint(0, 256, (count, side, side, 1), generator=rng, dtype=torch.uint8)
+
+
+def read_rows(decoder, prefix, rows, tokenizer, **settings):
+    """These rows of one page."""
+    return read_pages(decoder, [PageRows(prefix, rows, **settings)], tokenizer)[0]
 
 
 # --- the vocabulary -----------------------------------------------------------------------------------------------------------
@@ -239,4 +245,4 @@ def test_blanks_below_the_end_are_no_rows(below, count):
     said = ["a" + symbols.LINE_END, "b" + symbols.TEXT_END, *below]
     ids = [TOKENIZER.ids_of(np.frombuffer(row.encode("utf-32-le"), dtype="<u4")).tolist() for row in said]
     rows = [Row(at, row, ended_by="eol") for at, row in enumerate(ids)]
-    assert _until_end(rows, TOKENIZER) == rows[:count]
+    assert until_end(rows, TOKENIZER) == rows[:count]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
+import sys
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import TypeVar, Unpack
 
 import torch
+from tqdm import tqdm
 
 from optmem.engine.checkpoint import (
     Temperatures,
@@ -19,35 +25,51 @@ from optmem.engine.checkpoint import (
     find_checkpoint,
     read_temperatures,
 )
+from optmem.engine.kv import make_cache
+from optmem.engine.loop import Loop
 from optmem.engine.modes import choose_mode
-from optmem.engine.reading import complete, saw
+from optmem.engine.options import Asked, Options, options
+from optmem.engine.pipeline import Pipeline, Shown
+from optmem.engine.requests import Answer, Request
 from optmem.engine.result import Completion, Glanced
+from optmem.engine.rows import PageRequest, RowsReader
+from optmem.engine.runner import Runner
+from optmem.engine.scheduler import Limits, Scheduler
+from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
-from optmem.errors import CheckpointError, InputError
-from optmem.images import as_image, is_whole
+from optmem.errors import InputError
+from optmem.images import as_image
 from optmem.machine import fast_dtype
-from optmem.model.glance import Glance
 from optmem.model.model import Model
-from optmem.model.nano import MAX_ROW, PageRows, draft_page, embed_prefix, longest_row, read_pages
-from optmem.pixels import Mode, Views, make_views
-from optmem.text.characters import CharacterTokenizer
+from optmem.pixels import Mode, make_views
 
 log = logging.getLogger(__name__)
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
-DraftName = Literal["glance"]
 T = TypeVar("T")
 
 
 class Engine:
-    """A model, ready to be used.  It keeps nothing of what it read."""
+    """A model, ready to be used, from any thread.  It keeps nothing of what it read."""
 
-    def __init__(self, model: Model, temperatures: Temperatures | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        temperatures: Temperatures | None = None,
+        *,
+        cache_bytes: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         """
         model          its weights are shared, not copied
         temperatures   of its calibration, where it has one
+        cache_bytes    for keys and values; None is 2 GiB on a CPU, and most of what is free on a GPU
+        limits         of one pass
         """
         self.model = model
         self.temperatures = temperatures
+        self.cache_bytes, self.limits = cache_bytes, limits
+        self._loop: Loop | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -93,52 +115,83 @@ class Engine:
         """
         encoded: list[VisionTokens] = []
         for some in _parts(_pictures(images)):
-            shown = [self._show(picture, mode) for picture in some]
-            features = self.model.encode([views for _, views in shown])
-            for (chosen, views), found in zip(shown, features, strict=True):
-                encoded.append(VisionTokens(found, chosen, views.grid, self.encoder_fingerprint))
+            encoded += self._encode([self._show(picture, mode) for picture in some])
         return encoded
 
-    def _show(self, picture: object, mode: Mode | str | None) -> tuple[Mode, Views]:
-        """A picture's mode and views; the picture itself, which may be a hundred times as large, is not held."""
+    def _encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
+        features, encoder = self.model.encode([each.views for each in shown]), self.encoder_fingerprint
+        found = zip(features, shown, strict=True)
+        return [VisionTokens(tokens, each.mode, each.views.grid, encoder, each.picture) for tokens, each in found]
+
+    def _show(self, picture: object, mode: Mode | str | None) -> Shown:
+        """A picture in its mode; the picture itself, which may be a hundred times as large, is not held."""
         pixels = as_image(picture)
-        chosen = choose_mode(self.model.config, mode, *pixels.shape[:2])
-        return chosen, make_views(pixels, chosen)
+        height, width = pixels.shape[:2]
+        chosen = choose_mode(self.model.config, mode, height, width)
+        return Shown(chosen, make_views(pixels, chosen), (width, height))
 
     # --- vision tokens to text ----------------------------------------------------------------------------------------------
 
     def decode(
-        self,
-        tokens: VisionTokens | Iterable[VisionTokens],
-        *,
-        rows: Iterable[int] | None = None,
-        draft: DraftName | None = "glance",
-        max_tokens: int | None = None,
+        self, tokens: VisionTokens | Iterable[VisionTokens | Sequence[VisionTokens]], **asked: Unpack[Asked]
     ) -> list[Completion]:
-        """What stands on every page, read greedily, rows of all pages together.
+        """What stands on every page, in their order; a list in the list is pages that are read together, in one prompt.
 
-        rows         of every page; None is all down to the end of the text.  Rows below it add nothing
-        draft        "glance": what a glance sees is verified in a few passes; None: token by token.  The answer is the same
-        max_tokens   of a page, ends of rows counted; what lies behind is cut, and finish_reason is "length".  A page never takes
-                     more than 128 rows, and a row no more than 256 symbols, or one for every 4 pixels of the page, and its end
+        asked   as `options` has it: prompt, rows, draft, max_tokens, temperature, top_p, seed, ngram_guard, stop, timeout.
+                With several prompts there are as many answers to a page, one behind the other
 
-        Raises InputError for tokens of another encoder, rows that have no name, and models that do not read by rows.
+        Raises InputError for tokens of another encoder, what cannot be asked, and what this model does not have.
         """
-        tokenizer, glance = self._nano()
-        wanted = _row_numbers(rows, len(tokenizer.rows), most=len(tokenizer.rows))
-        if draft not in ("glance", None):
-            raise InputError(f"draft must be 'glance' or None, got {draft!r}")
-        if max_tokens is not None and not (is_whole(max_tokens) and max_tokens >= 1):
-            raise InputError(f"max_tokens must be a whole number of at least 1, or None, got {max_tokens!r}")
-        temperature = (self.temperatures or Temperatures()).decoder
+        wanted = self._options(asked)
         done: list[Completion] = []
-        for some in _parts(self._checked(tokens)):
-            asked = [self._ask(page, wanted, tokenizer, glance if draft else None, max_tokens) for page in some]
-            found = read_pages(self.model.decoder, asked, tokenizer, temperature=temperature)
-            for page, question, read in zip(some, asked, found, strict=True):
-                vision_tokens, side = question.prefix.shape[0], page.mode.size
-                done.append(complete(read, tokenizer, vision_tokens=vision_tokens, side=side, most=max_tokens))
+        for some in _parts(self._groups(tokens)):
+            requests = [request for pages in some for request in self._reader.requests(pages, wanted)]
+            self._run(requests)
+            done += [request.completion() for request in requests]
         return done
+
+    def stream(self, tokens: VisionTokens | Sequence[VisionTokens], **asked: Unpack[Asked]) -> Iterator[str]:
+        """The text of a page, or of pages that are read together, as it is said: the parts joined are the whole.
+
+        asked   as for decode, with one prompt.  Closing the iterator gives the page up
+
+        nano reads all rows of a page together, so its parts are lines, which come at the end.
+        Raises InputError as decode does.
+        """
+        wanted = self._options(asked, one="a stream")
+        (pages,) = self._groups([tokens])
+        parts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        (request,) = self._reader.requests(pages, wanted, tell=parts.put)
+        request.on_done = lambda: parts.put(None)
+        return self._told(request, parts)
+
+    def _told(self, request: Answer, parts: queue.SimpleQueue[str | None]) -> Iterator[str]:
+        loop = self._started()
+        loop.submit(request)
+        try:
+            while (part := parts.get()) is not None:
+                yield part
+            request.wait()
+            text = request.completion().text  # and with it the last parts are told
+            yield from text.splitlines(keepends=True) if isinstance(request, PageRequest) else _left(parts)
+        finally:
+            if not request.is_done:
+                loop.cancel(request)
+
+    def ocr(
+        self, images: object, mode: Mode | str | None = None, *, retries: int = 3, **asked: Unpack[Asked]
+    ) -> Iterator[Completion]:
+        """What stands on every picture, in their order: encoded and read at the same time, in bounded memory.
+
+        images    as for encode; an iterator may be as long as it likes
+        retries   a page that turns in circles is read again in the next larger mode, so often at most; `attempts` tells
+        asked     as for decode, with one prompt
+
+        A picture that cannot be read gives a Completion with its error, and the others go on.
+        """
+        pipeline = Pipeline(_Reads(self, self._options(asked, one="ocr")), self.model.config, retries=retries)
+        total = len(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else None
+        return _watched(pipeline.run(_pictures(images), mode), total)
 
     def glance(self, tokens: VisionTokens | Iterable[VisionTokens], *, rows: Iterable[int] | None = None) -> list[Glanced]:
         """What a glance sees on every page: one pass, no decoder, a probability for every character.
@@ -147,52 +200,112 @@ class Engine:
 
         Raises InputError as decode does.
         """
-        tokenizer, head = self._nano()
-        wanted = _row_numbers(rows, len(tokenizer.rows), most=len(tokenizer.rows))
+        wanted, reader = self._options({"rows": rows}), self._reader
+        if not isinstance(reader, RowsReader):
+            raise InputError(f"only nano has a glance, this is a {self.model.config.family} model")
         temperature = (self.temperatures or Temperatures()).glance
-        return [saw(head.read(page.features, temperature=temperature), tokenizer, wanted) for page in self._checked(tokens)]
+        return [reader.glance(pages, wanted.rows, temperature) for pages in self._groups(tokens)]
 
-    @torch.inference_mode()
-    def _ask(
-        self,
-        page: VisionTokens,
-        rows: Sequence[int] | None,
-        tokenizer: CharacterTokenizer,
-        glance: Glance | None,
-        max_tokens: int | None,
-    ) -> PageRows:
-        prefix = embed_prefix(self.model.encoder, self.model.decoder, page.features, page.mode, tokenizer)
-        most = min(longest_row(page.mode.size), MAX_ROW if max_tokens is None else max_tokens)
-        if glance is None:
-            return PageRows(prefix, rows, max_symbols=most)
-        return draft_page(prefix, glance.read(page.features), tokenizer, rows, most)
+    # --- behind them --------------------------------------------------------------------------------------------------------
 
-    def _nano(self) -> tuple[CharacterTokenizer, Glance]:
-        """The parts that only nano has."""
-        family = self.model.config.family
-        if self.model.glance is None:
-            raise InputError(
-                f"{family} is encoded here and not decoded yet: optmem.model.decoder.greedy does that, a page at a time"
-            )
-        if not isinstance(self.model.tokenizer, CharacterTokenizer):
-            raise CheckpointError(f"a {family} model needs characters.json beside its weights, and this one came without")
-        return self.model.tokenizer, self.model.glance
+    @cached_property
+    def _reader(self) -> RowsReader | Prompter:
+        """Who makes requests of pages: by rows for nano, by prompts for the public models."""
+        return RowsReader(self.model) if self.model.config.family == "nano" else Prompter(self.model)
 
-    def _checked(self, tokens: VisionTokens | Iterable[VisionTokens]) -> Iterator[VisionTokens]:
-        """Every page's tokens on the engine's device and in its type."""
-        place, dtype = self.device, self.model.decoder.dtype
-        pages: Iterable[object] = (tokens,) if isinstance(tokens, VisionTokens) else tokens
-        if not isinstance(pages, Iterable):
+    def _options(self, asked: Asked, *, one: str = "") -> Options:
+        wanted = options(**asked)
+        self._reader.check(wanted)
+        if one and len(wanted.prompts) > 1:
+            raise InputError(f"{one} has one prompt: decode takes several")
+        return wanted
+
+    def _run(self, requests: Sequence[Request]) -> None:
+        """Until all are done.  Raises what failed first; what then is not done is given up."""
+        loop = self._started()
+        try:
+            for request in requests:
+                loop.submit(request)
+            for request in requests:
+                request.wait()
+        except BaseException:
+            for request in requests:
+                loop.cancel(request)
+            raise
+
+    def _started(self) -> Loop:
+        """The loop, in its own thread; it ends when the engine is no longer referred to."""
+        with self._lock:
+            if self._loop is None:
+                decoder = self.model.decoder
+                cache = make_cache(decoder, self.cache_bytes)
+                scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions, self.limits)
+                temperature = (self.temperatures or Temperatures()).decoder
+                self._loop = Loop(scheduler, Runner(decoder, cache, temperature=temperature))
+                weakref.finalize(self, self._loop.stop)
+                self._loop.start()
+            return self._loop
+
+    def close(self) -> None:
+        """Ends the loop; what is being read is given up."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.stop()
+
+    def _groups(self, tokens: VisionTokens | Iterable[VisionTokens | Sequence[VisionTokens]]) -> Iterator[list[VisionTokens]]:
+        """Pages that are read together, checked, on the engine's device and in its type."""
+        groups: Iterable[object] = (tokens,) if isinstance(tokens, VisionTokens) else tokens
+        if not isinstance(groups, Iterable):
             raise InputError(f"decode and glance take VisionTokens or an iterable of them, got {type(tokens).__name__}")
-        for page in pages:
-            if isinstance(page, list | tuple):
-                raise InputError("pages that are read together are for the public models; nano reads a list of single pages")
-            if not isinstance(page, VisionTokens):
-                raise InputError(f"decode and glance take VisionTokens, as encode makes them, got {type(page).__name__}")
-            page.check_fits(self.model.config.decoder.hidden, self.encoder_fingerprint)
-            if page.tiles:
-                raise InputError(f"nano reads pages of one view, got mode {page.mode.name} with {page.tiles} tiles")
-            yield VisionTokens(page.features.to(place, dtype), page.mode, page.grid, page.encoder)
+        for group in groups:
+            pages = group if isinstance(group, list | tuple) else (group,)
+            if not pages:
+                raise InputError("pages that are read together are one or more, got an empty list")
+            yield [self._checked(page) for page in pages]
+
+    def _checked(self, page: object) -> VisionTokens:
+        if not isinstance(page, VisionTokens):
+            raise InputError(f"decode and glance take VisionTokens, as encode makes them, got {type(page).__name__}")
+        page.check_fits(self.model.config.decoder.hidden, self.encoder_fingerprint)
+        return replace(page, features=page.features.to(self.device, self.model.decoder.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """An engine as a pipeline needs it."""
+
+    engine: Engine
+    wanted: Options
+
+    def show(self, picture: object, mode: Mode | str | None) -> Shown:
+        return self.engine._show(picture, mode)
+
+    def encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
+        return self.engine._encode(shown)
+
+    def ask(self, page: VisionTokens) -> Answer:
+        (request,) = self.engine._reader.requests([page], self.wanted)
+        self.engine._started().submit(request)
+        return request
+
+    def cancel(self, asked: Answer) -> None:
+        self.engine._started().cancel(asked)
+
+
+def _watched(pages: Iterator[Completion], total: int | None) -> Iterator[Completion]:
+    """With a bar on stderr, when a person watches."""
+    with tqdm(total=total, desc="reading", unit="page", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        for done in pages:
+            bar.update()
+            yield done
+
+
+def _left(parts: queue.SimpleQueue[str | None]) -> Iterator[str]:
+    """What the end of a text still had to tell."""
+    while not parts.empty():
+        part = parts.get()
+        if part is not None:
+            yield part
 
 
 def _pictures(images: object) -> Iterator[object]:
@@ -209,17 +322,3 @@ def _parts(items: Iterable[T]) -> Iterator[list[T]]:
     rest = iter(items)
     while some := list(islice(rest, PAGES_AT_ONCE)):
         yield some
-
-
-def _row_numbers(rows: Iterable[int] | None, names: int, *, most: int) -> list[int] | None:
-    """Rows as a list; more than the model has names for are refused before a long range is listed."""
-    if rows is None:
-        return None
-    if not isinstance(rows, Iterable):
-        raise InputError(f"rows are an iterable of numbers, such as range(12, 15), or None, got {rows!r}")
-    wanted = list(islice(rows, most + 1))
-    wrong = [row for row in wanted if not (is_whole(row) and 0 <= row < names)]
-    if wrong or len(wanted) > most:
-        given = f"{wrong[0]!r}" if wrong else f"more than {most} of them"
-        raise InputError(f"rows are whole numbers from 0 to {names - 1}, got {given}")
-    return [int(row) for row in wanted]

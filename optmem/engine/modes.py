@@ -18,6 +18,18 @@ def choose_mode(config: ModelConfig, mode: Mode | str | None, height: int, width
     return _of_nano(find_mode(mode)) if config.family == "nano" else _of_family(config, mode)
 
 
+LADDER = ("tiny", "small", "base", "large", "gundam")  # from the fewest tokens to the most
+
+
+def next_mode(config: ModelConfig, mode: Mode | None) -> Mode | None:
+    """The next larger mode that a public model was trained with, for a page that turned in circles; None where there is none."""
+    if mode is None or config.family == "nano" or mode.name not in LADDER:
+        return None
+    known = modes_of(config)
+    larger = LADDER[LADDER.index(mode.name) + 1 :]
+    return next((known[name] for name in larger if name in known), None)
+
+
 def _own(config: ModelConfig, height: int, width: int) -> Mode:
     known = _single_views() if config.family == "nano" else modes_of(config)
     sides = {mode.size: mode for mode in known.values() if not mode.is_tiled}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from optmem.model.nano import Row
-from optmem.pages import Box, read_symbols
+from optmem.pages import read_symbols
+from optmem.text.parse import Box
 
-FinishReason = Literal["stop", "length", "loop", "cancelled"]
+FinishReason = Literal["stop", "length", "loop", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Completion:
     prompt_tokens: int  # start, vision tokens as fed, and words or row names
     boxes: tuple[Box, ...] = ()  # where the model grounds, in pixels of the page
     attempts: tuple[Attempt, ...] = ()
+    error: Exception | None = field(default=None, compare=False)  # of `ocr`, where this page could not be read
     rows: tuple[Row, ...] = field(default=(), repr=False)  # of nano: what was said of each row
     row_symbols: tuple[str, ...] = field(default=(), repr=False)  # of nano: the rows as drawn, marks and escapes not read yet
 
@@ -77,6 +79,11 @@ class Glanced:
     def confidence(self) -> float:
         """The share of symbols that is expected to be right."""
         return mean(self.probabilities)
+
+
+def failed(error: Exception, attempts: tuple[Attempt, ...] = ()) -> Completion:
+    """What `ocr` says of a picture that could not be read."""
+    return Completion("", (), (), (), "error", 0, attempts=attempts, error=error)
 
 
 def mean(values: tuple[float, ...]) -> float:

@@ -1,6 +1,7 @@
 """What is kept of a picture: its vision tokens, which encoder made them, and the file they travel in.
 
-The file is safetensors: one tensor `features`, and in the metadata `format`, `mode` and `grid` as JSON, and `encoder`.
+The file is safetensors: one tensor `features`, and in the metadata `format`, `mode` and `grid` as JSON, `encoder`, and `picture`
+where the picture's size is known.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class VisionTokens:
     mode: Mode
     grid: Grid
     encoder: str  # fingerprint of the encoder that made them, 32 hexadecimal digits
+    picture: tuple[int, int] | None = None  # width and height in pixels, as it came: boxes are in these
 
     def __post_init__(self) -> None:
         parts: dict[type, object] = {Tensor: self.features, Mode: self.mode, str: self.encoder}
@@ -53,6 +55,8 @@ class VisionTokens:
             raise InputError(f"features must be dense bfloat16, float16 or float32, got {self.features.dtype}")
         if not _FINGERPRINT.fullmatch(self.encoder):
             raise InputError(f"an encoder's fingerprint is 32 hexadecimal digits, got {self.encoder[:80]!r}")
+        if self.picture is not None and not (len(self.picture) == 2 and all(type(n) is int and n > 0 for n in self.picture)):
+            raise InputError(f"a picture has a width and a height of at least one pixel, got {str(self.picture)[:80]}")
 
     @property
     def hidden(self) -> int:
@@ -95,6 +99,8 @@ class VisionTokens:
         if not target.name or "\0" in target.name:
             raise OutputError(f"{str(path)!r} is no name of a file to write vision tokens to")
         metadata = {"format": FORMAT, "mode": json.dumps(asdict(self.mode)), "grid": json.dumps(self.grid), "encoder": self.encoder}
+        if self.picture is not None:
+            metadata["picture"] = json.dumps(self.picture)
         unfinished = target.with_name(f".{secrets.token_hex(8)}.unfinished")
         try:
             write_file(unfinished, {FEATURES: self.features}, metadata)
@@ -112,7 +118,7 @@ class VisionTokens:
         source = Path(path)
         with open_inside(source.parent.resolve(), source.name) as descriptor:
             header = read_header(descriptor, source.name)
-            mode, grid, encoder = _read_metadata(header.metadata, source.name)
+            mode, grid, encoder, picture = _read_metadata(header.metadata, source.name)
             entry = header.tensors.get(FEATURES)
             if entry is None or len(header.tensors) > 1:
                 raise CheckpointError(f"{source.name} must hold one tensor, {FEATURES!r}, got {_shown(list(header.tensors))}")
@@ -123,18 +129,18 @@ class VisionTokens:
                 raise CheckpointError(f"{source.name}: the number of tokens must be {wanted}, got {entry.shape[0]}")
             features = torch.empty(entry.shape, dtype=entry.dtype, device=device)
             read_tensor(descriptor, entry, features, source.name)
-        return cls(features, mode, grid, encoder)
+        return cls(features, mode, grid, encoder, picture)
 
 
 def _shown(names: list[str]) -> str:
     return ", ".join(repr(name[:40]) for name in names[:3]) or "none"
 
 
-def _read_metadata(metadata: dict[str, str], where: str) -> tuple[Mode, Grid, str]:
-    """Mode, grid and fingerprint.  Raises CheckpointError."""
+def _read_metadata(metadata: dict[str, str], where: str) -> tuple[Mode, Grid, str, tuple[int, int] | None]:
+    """Mode, grid, fingerprint and the picture's size.  Raises CheckpointError."""
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{where} is not a file of vision tokens: its format is {metadata.get('format', 'not said')[:80]!r}")
-    if metadata.keys() != _NAMES:
+    if metadata.keys() - {"picture"} != _NAMES:
         raise CheckpointError(f"{where}: the metadata must be exactly {', '.join(sorted(_NAMES))}, got {_shown(list(metadata))}")
     mode = _read_mode(parse_json(metadata["mode"].encode("utf-8", "replace"), f"{where}: mode"), where)
     grid = re.fullmatch(r"\[([1-9][0-9]?), ([1-9][0-9]?)\]", metadata["grid"])
@@ -142,6 +148,9 @@ def _read_metadata(metadata: dict[str, str], where: str) -> tuple[Mode, Grid, st
         raise CheckpointError(f"{where}: grid must be [columns, rows], got {metadata['grid'][:80]!r}")
     if not _FINGERPRINT.fullmatch(metadata["encoder"]):
         raise CheckpointError(f"{where}: encoder must be 32 hexadecimal digits, got {metadata['encoder'][:80]!r}")
+    size = re.fullmatch(r"\[([1-9][0-9]{0,6}), ([1-9][0-9]{0,6})\]", metadata.get("picture", "[1, 1]"))
+    if size is None:
+        raise CheckpointError(f"{where}: picture must be [width, height], got {metadata['picture'][:80]!r}")
     columns, rows = int(grid[1]), int(grid[2])
     try:
         tokens = mode.paper_tokens((columns, rows))
@@ -149,7 +158,7 @@ def _read_metadata(metadata: dict[str, str], where: str) -> tuple[Mode, Grid, st
         raise CheckpointError(f"{where}: {error}") from None
     if tokens > MAX_TOKENS:
         raise CheckpointError(f"{where}: {tokens:,} tokens are more than any picture has ({MAX_TOKENS:,})")
-    return mode, (columns, rows), metadata["encoder"]
+    return mode, (columns, rows), metadata["encoder"], (int(size[1]), int(size[2])) if "picture" in metadata else None
 
 
 def _read_mode(found: dict[str, object], where: str) -> Mode:

@@ -195,6 +195,21 @@ class Cache:
             if self.users[page] == 0:
                 self.free.append(page)
 
+    @property
+    def num_pages(self) -> int:
+        """How many there are."""
+        return len(self.users)
+
+    @property
+    def num_free(self) -> int:
+        """How many of them nobody holds."""
+        return len(self.free)
+
+    def fits(self, sequences: Several[Sequence], counts: Several[int]) -> bool:
+        """Whether there is room for so many more tokens of every sequence."""
+        needed, free = self._room(sequences, counts)
+        return needed <= free
+
     def copy(self, page: int, to: int) -> None:
         """Copies a page of all layers."""
         for cache in (self.keys, self.values):

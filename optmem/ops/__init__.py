@@ -17,6 +17,7 @@ from optmem.ops.decoding import (
     silu_mul,
 )
 from optmem.ops.drawing import MAX_SIDE, draw_text, resample
+from optmem.ops.picking import pick_token
 from optmem.ops.registry import Implementation, implementations
 from optmem.ops.vision import attention, compress, global_attention, patch_embed, window_attention
 
@@ -35,6 +36,7 @@ __all__ = [
     "linear_rows",
     "paged_attention",
     "patch_embed",
+    "pick_token",
     "resample",
     "rms_norm",
     "rope_cache",

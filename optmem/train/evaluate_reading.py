@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optmem.engine.rows import PageRows, draft_page, read_pages
 from optmem.errors import InputError
 from optmem.model.cache import Cache
 from optmem.model.decoder import Decoder
 from optmem.model.glance import Glance, Glimpse, centres
 from optmem.model.model import Model
-from optmem.model.nano import PageRows, Row, count_rows, draft_page, embed_prefix, longest_row, read_pages
+from optmem.model.nano import Row, count_rows, embed_prefix, longest_row
 from optmem.ops import PAGE_UNIT
 from optmem.pages import read_symbols
 from optmem.pixels import PIXELS_PER_TOKEN, Mode

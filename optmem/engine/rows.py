@@ -1,0 +1,251 @@
+"""Nano's pages as requests: all rows of a page behind one prefix, a block at a time.
+
+    <bos>, vision rows each with a newline, separator | <row_17> c0 c1 .. <eol> <row_18>     a row, and what comes after it
+    <bos>, vision rows each with a newline, separator | <row_99> <end>                       a row below the text
+
+Rows are asked for a block at a time, until the last of a block answers `<end>`; which are asked never depends on a draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from optmem.engine.draft import CellDraft, Draft, Lookup
+from optmem.engine.loop import Loop
+from optmem.engine.options import Options
+from optmem.engine.reading import complete, saw
+from optmem.engine.requests import Answer, Request
+from optmem.engine.result import Completion, Glanced
+from optmem.engine.runner import Runner
+from optmem.engine.sampling import GREEDY, Sampling
+from optmem.engine.scheduler import Limits, Scheduler
+from optmem.engine.speech import Prefix, Speech
+from optmem.engine.vision_tokens import VisionTokens
+from optmem.errors import CheckpointError, InputError
+from optmem.model.cache import Cache
+from optmem.model.decoder import Decoder
+from optmem.model.glance import Glimpse
+from optmem.model.model import Model
+from optmem.model.nano import MAX_ROW, Row, count_rows, embed_prefix, longest_row, until_end
+from optmem.ops import PAGE_UNIT
+from optmem.text.characters import END, EOL, CharacterTokenizer
+
+BLOCK = 33  # rows that a whole page is asked for at once: those of the default form, and the one below them
+
+
+@dataclass(frozen=True, slots=True)
+class PageRows:
+    """What is asked of one page."""
+
+    prefix: Tensor  # [P, hidden], as embed_prefix makes it
+    rows: Sequence[int] | None = None  # None is the whole page: from row 0 to the end of its text
+    draft: Callable[[int], Draft] | None = None  # of a row by its number
+    max_symbols: int = MAX_ROW  # of a row, which has one token more: its end, or a symbol too many (`ended_by` is "length")
+
+
+class RowsRequest(Request):
+    """Rows of one page, or all of them down to the end of the text."""
+
+    def __init__(
+        self,
+        asked: PageRows,
+        decoder: Decoder,
+        tokenizer: CharacterTokenizer,
+        sampling: Sampling = GREEDY,
+        deadline: float | None = None,
+    ) -> None:
+        """Raises InputError for a row that the vocabulary has no name for."""
+        super().__init__(deadline=deadline)
+        self.asked, self.decoder, self.tokenizer, self.sampling = asked, decoder, tokenizer, sampling
+        self.prefix = Prefix(asked.prefix)
+        self.numbers: list[int] = []  # of the rows, in the order in which they were asked for
+        self.stops = (tokenizer.special(EOL), tokenizer.special(END))
+        _check(asked, len(tokenizer.rows))
+
+    def begin(self) -> Sequence[Speech]:
+        """The rows that are asked for, or the first block."""
+        return self._rows(range(min(BLOCK, len(self.tokenizer.rows))) if self.asked.rows is None else self.asked.rows)
+
+    def follow(self) -> Sequence[Speech]:
+        """The next block of a whole page, if the last row of this one is still text."""
+        if self.asked.rows is not None or self.speeches[-1].ids == [self.stops[1]]:
+            return ()
+        first = len(self.speeches)
+        return self._rows(range(first, min(first + BLOCK, len(self.tokenizer.rows))))
+
+    def _rows(self, numbers: Sequence[int]) -> list[Speech]:
+        if not numbers:
+            return []
+        self.numbers += numbers
+        device, draft = self.asked.prefix.device, self.asked.draft
+        names = self.decoder.embed(torch.tensor([self.tokenizer.rows[number] for number in numbers], device=device))
+        drafts = [None if draft is None else draft(number) for number in numbers]
+        most, stops, sampling = self.asked.max_symbols + 1, self.stops, self.sampling
+        return [Speech(self.prefix, name[None], most, stops, sampling, one) for name, one in zip(names, drafts, strict=True)]
+
+    def found(self) -> list[Row]:
+        """The rows that were asked for; of a whole page up to the one below its text."""
+        rows = [_row(number, speech, self.stops[1]) for number, speech in zip(self.numbers, self.speeches, strict=True)]
+        if self.asked.rows is not None:
+            return rows
+        return until_end(rows[: count_rows([row.is_below for row in rows]) + 1], self.tokenizer)
+
+
+def _row(number: int, speech: Speech, end: int) -> Row:
+    ended_by = "length"
+    if speech.is_ended:
+        ended_by = "end" if speech.ids[-1] == end else "eol"
+    ids = speech.ids[:-1] if speech.is_ended else speech.ids
+    counts = (speech.passes, speech.accepted, speech.refused)
+    return Row(number, ids, speech.logprobs, ended_by, speech.probabilities, *counts)
+
+
+def _check(page: PageRows, names: int) -> None:
+    outside = [row for row in page.rows or () if not 0 <= row < names]
+    if outside:
+        raise InputError(f"rows are 0 to {names - 1}, got {outside[0]}")
+    if page.max_symbols < 0:
+        raise InputError(f"max_symbols must be 0 or more, got {page.max_symbols}")
+
+
+def draft_page(
+    prefix: Tensor,
+    glimpse: Glimpse,
+    tokenizer: CharacterTokenizer,
+    rows: Sequence[int] | None = None,
+    max_symbols: int = MAX_ROW,
+) -> PageRows:
+    """Rows of a page, or all of it, with the glance of the whole page as their draft."""
+    end, eol = tokenizer.special(END), tokenizer.special(EOL)
+    cells: list[list[int]] = glimpse.ids.tolist()
+    chances: list[list[float]] = glimpse.probabilities.tolist()
+
+    def draft(row: int) -> Draft:
+        return CellDraft([*cells[row], eol], chances[row]) if row < len(cells) else CellDraft([end])
+
+    return PageRows(prefix, rows, draft, max_symbols)
+
+
+# --- for the engine -----------------------------------------------------------------------------------------------------------
+
+
+class PageRequest(RowsRequest, Answer):
+    """Rows of one page of vision tokens, and what was read of them."""
+
+    def __init__(self, page: VisionTokens, asked: PageRows, reader: RowsReader, options: Options) -> None:
+        super().__init__(asked, reader.model.decoder, reader.tokenizer, options.sampling, options.deadline)
+        self.page, self.most = page, options.max_tokens
+
+    def completion(self) -> Completion:
+        """What was read."""
+        side, most = self.page.mode.size, self.most
+        done = complete(self.found(), self.tokenizer, vision_tokens=self.prefix.length, side=side, most=most)
+        is_cut = any(speech.finish == "cancelled" for speech in self.speeches)
+        return replace(done, finish_reason="cancelled") if is_cut else done
+
+
+class RowsReader:
+    """Makes requests of nano."""
+
+    def __init__(self, model: Model) -> None:
+        """Raises CheckpointError where the model came without its characters."""
+        if not isinstance(model.tokenizer, CharacterTokenizer) or model.glance is None:
+            raise CheckpointError("a nano model needs characters.json beside its weights, and this one came without")
+        self.model, self.tokenizer, self.head = model, model.tokenizer, model.glance
+
+    def check(self, options: Options) -> None:
+        """Raises InputError for what nano has no words for."""
+        if options.prompts != (None,) or options.stops:
+            what = "a stop" if options.stops else "a prompt"
+            raise InputError(f"nano reads rows and takes no {what[2:]}: {what} is for the public models")
+        outside = [row for row in options.rows or () if row >= len(self.tokenizer.rows)]
+        if outside:
+            raise InputError(f"rows are whole numbers from 0 to {len(self.tokenizer.rows) - 1}, got {outside[0]}")
+
+    def requests(
+        self,
+        pages: Sequence[VisionTokens],
+        options: Options,
+        *,
+        tell: Callable[[str], None] | None = None,  # noqa: ARG002 - rows are read together: nothing to tell before the end
+    ) -> list[PageRequest]:
+        """One request for a page."""
+        page = self._one(pages)
+        return [PageRequest(page, self._asked(page, options), self, options)]
+
+    @torch.inference_mode()
+    def _asked(self, page: VisionTokens, options: Options) -> PageRows:
+        prefix = embed_prefix(self.model.encoder, self.model.decoder, page.features, page.mode, self.tokenizer)
+        most = min(longest_row(page.mode.size), MAX_ROW if options.max_tokens is None else options.max_tokens)
+        if options.draft in ("auto", "glance"):
+            return draft_page(prefix, self.head.read(page.features), self.tokenizer, options.rows, most)
+        if options.draft is None:
+            return PageRows(prefix, options.rows, max_symbols=most)
+        own = options.draft
+        return PageRows(prefix, options.rows, lambda _: Lookup() if isinstance(own, str) else own, most)
+
+    def _one(self, pages: Sequence[VisionTokens]) -> VisionTokens:
+        """The page.  Raises InputError for several, and for one of several views."""
+        if len(pages) > 1:
+            raise InputError("pages that are read together are for the public models; nano reads a list of single pages")
+        if pages[0].tiles:
+            raise InputError(f"nano reads pages of one view, got mode {pages[0].mode.name} with {pages[0].tiles} tiles")
+        return pages[0]
+
+    def glance(self, pages: Sequence[VisionTokens], rows: Sequence[int] | None, temperature: float) -> Glanced:
+        """What a glance sees on a page."""
+        page = self._one(pages)
+        return saw(self.head.read(page.features, temperature=temperature), self.tokenizer, rows)
+
+
+# --- without an engine --------------------------------------------------------------------------------------------------------
+
+
+def read_pages(
+    decoder: Decoder,
+    pages: Sequence[PageRows],
+    tokenizer: CharacterTokenizer,
+    *,
+    temperature: float = 1.0,
+    limits: Limits | None = None,
+) -> list[list[Row]]:
+    """Rows of many pages, greedily; a row is on CPU what it would be alone and without a draft, bit for bit.
+
+    temperature   of Row.probabilities, not of the choice of tokens
+
+    Of a whole page the result is its rows up to the one below its text (`count_rows`), or all that have a name: MAX_ROWS.
+    Raises InputError for a row that the vocabulary has no name for, and where a page and a row exceed the decoder's positions.
+    """
+    if not temperature > 0:
+        raise InputError(f"temperature must be above 0, got {temperature}")
+    requests = [RowsRequest(page, decoder, tokenizer) for page in pages]
+    if not requests:
+        return []
+    limits = limits or Limits()
+    cache = Cache(decoder.config, _pages_for(pages, limits), dtype=decoder.dtype, device=decoder.lm_head.weight.device)
+    scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions, limits)
+    loop = Loop(scheduler, Runner(decoder, cache, temperature=temperature))
+    for request in requests:
+        loop.submit(request)
+    while loop.step():
+        pass
+    for request in requests:
+        request.wait()
+    return [request.found() for request in requests]
+
+
+def _pages_for(pages: Sequence[PageRows], limits: Limits) -> int:
+    """Room for as many rows as a pass takes, and the prefixes that they can be of."""
+    shared = max(-(-page.prefix.shape[0] // PAGE_UNIT) for page in pages)
+    own = max(_own_pages(page.prefix.shape[0], page.max_symbols) for page in pages)
+    num_rows = max(min(limits.texts, sum(BLOCK if page.rows is None else len(page.rows) for page in pages)), 1)
+    return min(len(pages), num_rows) * shared + num_rows * (own + 1)
+
+
+def _own_pages(prefix: int, max_symbols: int) -> int:
+    """Pages of the cache that a row alone holds: that in which the prefix ends is copied."""
+    return -(-(prefix + max_symbols + 1) // PAGE_UNIT) - prefix // PAGE_UNIT

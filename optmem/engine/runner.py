@@ -1,0 +1,70 @@
+"""One pass: works to tensors, tensors through the decoder, picks back.  The ids are all that the host waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optmem.engine.draft import Said
+from optmem.engine.sampling import Pick, pick
+from optmem.engine.scheduler import Work
+from optmem.model.cache import Cache
+from optmem.model.decoder import Decoder
+
+
+class Runner:
+    """A decoder over a cache.  It keeps nothing between passes."""
+
+    def __init__(self, decoder: Decoder, cache: Cache, *, temperature: float = 1.0) -> None:
+        """
+        temperature   of confidence (Said.probabilities), not of the choice of tokens
+        """
+        self.decoder, self.cache, self.temperature = decoder, cache, temperature
+
+    @torch.inference_mode()
+    def run(self, works: Sequence[Work]) -> list[Said | None]:
+        """What each work is told: nothing for a prefix or a part of a prompt."""
+        batch = self.cache.batch([work.written for work in works], [work.count for work in works])
+        hidden = self.decoder(self._embeddings(works), batch, self.cache)
+        picks, rows, end = list[Pick](), list[int](), 0
+        for work in works:
+            end += work.count
+            rows += range(end - work.asked, end)
+            picks += _picks(work)
+        if not picks:
+            return [None] * len(works)
+        at = torch.tensor(rows, device=hidden.device)
+        return _dealt(works, pick(self.decoder.logits(hidden[at]), picks, confidence_temperature=self.temperature))
+
+    def _embeddings(self, works: Sequence[Work]) -> Tensor:
+        """[T, hidden]: words from the table in one call, vectors of prompts in their places."""
+        ids: list[int] = []
+        placed: list[tuple[int, Tensor]] = []
+        for work in works:
+            if work.vectors.shape[0]:
+                placed.append((len(ids), work.vectors))
+            ids += [0] * work.vectors.shape[0]
+            ids += work.ids
+        embedded = self.decoder.embed(torch.tensor(ids, device=self.cache.keys.device))
+        for first, vectors in placed:
+            embedded[first : first + vectors.shape[0]] = vectors
+        return embedded
+
+
+def _picks(work: Work) -> list[Pick]:
+    if work.speech is None:
+        return []
+    said = work.speech.ids
+    return [Pick(work.speech.sampling, said, work.proposal[:behind]) for behind in range(work.asked)]
+
+
+def _dealt(works: Sequence[Work], said: Said) -> list[Said | None]:
+    """The part of each."""
+    parts: list[Said | None] = []
+    end = 0
+    for work in works:
+        start, end = end, end + work.asked
+        parts.append(said.part(start, end) if work.asked else None)
+    return parts

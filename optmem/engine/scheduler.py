@@ -1,0 +1,247 @@
+"""Which tokens the next pass takes, and who waits for memory.
+
+    waiting ──admit──> running ──over──> collected
+       ^                  │
+       └──── give way ────┘      the youngest rests when an older one needs its pages: what it said stays and is fed again
+
+Older texts come first, everywhere.  The oldest may take the pages of all others, and no text is accepted that could not be said
+alone, so whatever is asked comes to its end.  A pass mixes chunks of prompts, single tokens and proposals.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from torch import Tensor
+
+from optmem.engine.draft import Said
+from optmem.engine.speech import Prefix, Speech
+from optmem.errors import InputError
+from optmem.model.cache import Cache
+from optmem.model.cache import Sequence as Written
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one pass.  On two cores in bf16 a nano row's token takes 136 us among 128 rows, 240 among 33, and 4,150 alone; beyond 500
+    tokens a pass is no faster for one of them."""
+
+    texts: int = 128
+    tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.texts < 1 or self.tokens < 1:
+            raise InputError(f"a pass takes at least one text and one token, got {self.texts} and {self.tokens}")
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """What a pass feeds of one text, or of a prefix."""
+
+    written: Written
+    vectors: Tensor  # [n, hidden]  of a prompt
+    ids: Sequence[int] = ()  # behind them: said before, then proposed
+    speech: Speech | None = None  # None: a prefix
+    proposal: list[int] = field(default_factory=list)  # what the draft says; its last token is not fed where it ends the text
+    asks: bool = False  # whether all that is known is fed, so that a token is picked
+    before: int = field(init=False)  # tokens of it in the cache
+
+    def __post_init__(self) -> None:
+        self.before = self.written.length
+
+    @property
+    def count(self) -> int:
+        """Tokens fed."""
+        return self.vectors.shape[0] + len(self.ids)
+
+    @property
+    def asked(self) -> int:
+        """Tokens picked: one behind everything known, and one behind every proposed token that is fed."""
+        if not self.asks or self.speech is None:
+            return 0
+        return 1 + len(self.speech.unended(self.proposal))
+
+
+class Scheduler:
+    """The texts that are to be said over one cache."""
+
+    def __init__(self, cache: Cache, vocab_size: int, max_positions: int, limits: Limits | None = None) -> None:
+        self.cache, self.vocab_size, self.max_positions = cache, vocab_size, max_positions
+        self.limits = limits or Limits()
+        self.running: list[Speech] = []  # by order
+        self.preemptions = 0
+        self._waiting: list[tuple[tuple[int, ...], int, Speech]] = []  # a heap
+        self._arrivals = count()
+        self._prefixes: list[Prefix] = []  # that have users
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be done."""
+        return not self.running and not self._waiting
+
+    def add(self, speech: Speech) -> None:
+        """Takes a text.  Raises InputError, before anything changes, where the cache or the model is too small for it."""
+        self.check(speech.prefix.length, speech.own.shape[0], speech.most)
+        if speech.prefix.users == 0:
+            self._prefixes.append(speech.prefix)
+        speech.prefix.users += 1
+        self._wait(speech)
+
+    def check(self, prefix: int, own: int, most: int) -> None:
+        """Raises InputError where a text of these lengths could not be said though it were alone."""
+        prompt, size = prefix + own, self.cache.page_size
+        if own < 1 or most < 1:
+            raise InputError(f"a text needs a prompt and at least one token to say, got {own} and {most}")
+        if prompt + most > self.max_positions:
+            raise InputError(f"prompt and max_tokens must be at most {self.max_positions} together, got {prompt} and {most}")
+        pages = -(-(prompt + most - 1) // size)
+        if self.cache.window is not None:
+            pages = min(pages, -(-prompt // size) + -(-(self.cache.window + self.limits.tokens) // size) + 1)
+        needed = -(-prefix // size) + pages - prefix // size
+        if needed > self.cache.num_pages:
+            room = f"{needed} pages of {size} tokens, and the cache has {self.cache.num_pages}"
+            raise InputError(
+                f"a prompt of {prompt} tokens and max_tokens {most} need {room}: ask for less, or make the cache larger"
+            )
+
+    # --- what a pass takes ----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> list[Work]:
+        """The next pass: empty only where nothing is to be done."""
+        self._admit()
+        works: list[Work] = []
+        left = self.limits.tokens
+        share = left // max(len(self.running), 1) - 1
+        for speech in list(self.running):
+            if left < 1 or (speech.written is None and not self._may_begin(speech, works)):
+                continue
+            work = self._work(speech, left, share)
+            if not self._make_room(works, work, speech):
+                if speech.written is not None and speech.written.length == speech.prefix.length:
+                    speech.rest()  # a fork that fed nothing holds what others could use
+                break
+            works.append(work)
+            left -= work.count
+        assert works or not self.running, "somebody waits for memory that nobody holds"
+        return works
+
+    def users_of(self, prefix: Written) -> list[Speech]:
+        """The texts that begin with what is written here."""
+        everyone = (*self.running, *(entry[2] for entry in self._waiting))
+        return [speech for speech in everyone if speech.prefix.written is prefix]
+
+    def settle(self, works: Sequence[Work], said: Sequence[Said | None]) -> None:
+        """What a pass said, to those who asked."""
+        for work, answer in zip(works, said, strict=True):
+            if work.speech is not None and answer is not None:
+                work.speech.take(work.proposal, answer)
+
+    def undo(self, works: Sequence[Work]) -> None:
+        """Forgets what a pass that failed had made room for."""
+        for work in works:
+            work.written.truncate(min(work.before, work.written.length))
+
+    def collect(self) -> list[Speech]:
+        """The texts that are over, their memory given back."""
+        self._check_deadlines()
+        over = [speech for speech in self.running if speech.finish is not None]
+        over += [speech for _, _, speech in self._waiting if speech.finish is not None]
+        if not over:
+            return []
+        self.running = [speech for speech in self.running if speech.finish is None]
+        self._waiting = [entry for entry in self._waiting if entry[2].finish is None]
+        heapq.heapify(self._waiting)
+        for speech in over:
+            speech.rest()
+            speech.prefix.users -= 1
+            if speech.prefix.users == 0:
+                speech.prefix.close()
+                self._prefixes.remove(speech.prefix)
+        return over
+
+    # --- memory ---------------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Texts begin while there is a place, and memory for more than the next step of those that run."""
+        while self._waiting and len(self.running) < self.limits.texts:
+            if self.running and self.cache.num_free <= len(self.running):
+                break
+            self.running.append(heapq.heappop(self._waiting)[2])
+        self.running.sort(key=lambda speech: speech.order)
+
+    def _may_begin(self, speech: Speech, works: Sequence[Work]) -> bool:
+        """Whether a text that has nothing in the cache can go on in this pass: not while somebody else writes its prefix."""
+        return speech.prefix.is_whole or all(work.written is not speech.prefix.written for work in works)
+
+    def _work(self, speech: Speech, left: int, share: int) -> Work:
+        """What a text feeds next, at most `left` tokens."""
+        prefix = speech.prefix
+        if speech.written is None and not prefix.is_whole:
+            if prefix.written is None:
+                prefix.written = self.cache.new_sequence(prompt=prefix.length)
+            first = prefix.written.length
+            return Work(prefix.written, prefix.embeddings[first : first + left])
+        if speech.written is None:
+            shared = prefix.written
+            speech.written = self.cache.new_sequence(speech.prompt) if shared is None else shared.fork(speech.prompt)
+        first, own = speech.written.length - prefix.length, speech.own.shape[0]
+        end = min(own + len(speech.ids), first + left)
+        work = Work(speech.written, speech.own[first:end], speech.ids[max(first - own, 0) : max(end - own, 0)], speech)
+        if end == own + len(speech.ids):
+            work.asks = True
+            work.proposal = speech.propose(self.vocab_size, min(share, left - work.count))
+            work.ids = [*work.ids, *speech.unended(work.proposal)]
+        return work
+
+    def _make_room(self, works: Sequence[Work], work: Work, speech: Speech) -> bool:
+        """Whether there are pages for this as well; who is younger gives way."""
+        sequences, counts = [each.written for each in (*works, work)], [each.count for each in (*works, work)]
+        while not self.cache.fits(sequences, counts):
+            busy = {id(each) for each in sequences}
+            if not self._close_idle_prefix(busy) and not self._rest_youngest(busy, speech):
+                return False
+        return True
+
+    def _close_idle_prefix(self, busy: set[int]) -> bool:
+        """Forgets a prefix that nobody goes on from now."""
+        used = {id(speech.prefix) for speech in self.running if speech.written is not None}
+        for prefix in reversed(self._prefixes):
+            if prefix.written is not None and id(prefix) not in used and id(prefix.written) not in busy:
+                prefix.close()
+                return True
+        return False
+
+    def _rest_youngest(self, busy: set[int], older: Speech) -> bool:
+        for speech in reversed(self.running):
+            if speech is older:
+                return False
+            if speech.written is not None and id(speech.written) not in busy:
+                self.preemptions += 1
+                self.running.remove(speech)
+                self._wait(speech)
+                return True
+        return False
+
+    def _wait(self, speech: Speech) -> None:
+        speech.rest()
+        heapq.heappush(self._waiting, (speech.order, next(self._arrivals), speech))
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        for speech in (*self.running, *(entry[2] for entry in self._waiting)):
+            if speech.deadline is not None and now >= speech.deadline and speech.finish is None:
+                speech.finish = "cancelled"
+
+    def check_integrity(self) -> None:
+        """Every page of the cache is free, or held by a prefix or a text that is here."""
+        waiting = [entry[2] for entry in self._waiting]
+        assert all(speech.written is None for speech in waiting), "a text that waits holds memory"
+        assert [speech.order for speech in self.running] == sorted(speech.order for speech in self.running), "out of order"
+        held = [speech.written for speech in self.running] + [prefix.written for prefix in self._prefixes]
+        self.cache.check_integrity([sequence for sequence in held if sequence is not None])
+        users = [sum(each.prefix is prefix for each in (*self.running, *waiting)) for prefix in self._prefixes]
+        assert users == [prefix.users for prefix in self._prefixes], "users of a prefix are miscounted"

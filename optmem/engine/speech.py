@@ -1,0 +1,138 @@
+"""One text while it is said, and what several texts begin with.
+
+    prefix                own          ids
+    <bos> page newlines   <row_17>     c0 c1 c2 ..                   a row: all rows of a page share its prefix
+    <bos> page newlines   \\nFree OCR.  w0 w1 w2 ..                   a prompt: several prompts on one page share its prefix
+    (none)                <bos> .. ..  w0 w1 w2 ..                   several pages in one prompt: nothing is shared
+
+What is written to the cache is always a beginning of that line.  So there is one rule for prompts, single tokens and texts that
+gave their memory back: feed what is not written yet, and behind the last known token there is a new one to be picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from optmem.engine.draft import Draft, Said, accept
+from optmem.engine.result import FinishReason
+from optmem.engine.sampling import GREEDY, Sampling
+from optmem.model.cache import Sequence as Written
+
+PATIENCE = 128  # tokens that a draft may be wrong in more than it was right in, before it is asked no more
+
+
+@dataclass(slots=True, eq=False)
+class Prefix:
+    """What several texts begin with: written once, and shared by their forks."""
+
+    embeddings: Tensor  # [P, hidden]
+    written: Written | None = None
+    users: int = 0  # texts that are not over
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.embeddings.shape[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is in the cache, or there is nothing of it."""
+        return self.length == (0 if self.written is None else self.written.length)
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        if self.written is not None:
+            self.written.close()
+            self.written = None
+
+
+@dataclass(slots=True, eq=False)
+class Speech:
+    """A text, what is asked of it, and what was said so far."""
+
+    prefix: Prefix
+    own: Tensor  # [n, hidden]  what is known behind the prefix, at least one token
+    most: int  # tokens to say
+    stops: Collection[int] = ()  # ids that end it
+    sampling: Sampling = GREEDY
+    draft: Draft | None = None
+    listen: Callable[[int], FinishReason | None] | None = None  # told every token; may end the text
+    order: tuple[int, ...] = ()  # who comes first: lower ones are served first and give way last
+    deadline: float | None = None  # time.monotonic
+
+    written: Written | None = None  # in the cache; None while it waits
+    ids: list[int] = field(default_factory=list)  # said so far, what ended it included
+    logprobs: list[float] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)  # of the same tokens at the temperature of confidence
+    finish: FinishReason | None = None
+    error: Exception | None = None
+    passes: int = 0
+    accepted: int = 0  # proposed tokens that the decoder said too
+    refused: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens known before the first is said."""
+        return self.prefix.length + self.own.shape[0]
+
+    @property
+    def known(self) -> int:
+        """Tokens of the prompt and of what was said."""
+        return self.prompt + len(self.ids)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether one of the stops ended it."""
+        return bool(self.ids) and self.ids[-1] in self.stops
+
+    def propose(self, vocab_size: int, most: int) -> list[int]:
+        """What the draft says: `most` tokens, up to what ends the text, with room left for one of the decoder's own."""
+        most = min(most, self.most - len(self.ids) - 1)
+        if self.draft is None or self.refused > self.accepted + PATIENCE or most < 1:
+            return []
+        proposed = list(self.draft.propose(self.ids)[:most])
+        for at, token in enumerate(proposed):
+            if token in self.stops:
+                return proposed[: at + 1]
+            if not 0 <= token < vocab_size:
+                return proposed[:at]
+        return proposed
+
+    def unended(self, proposed: list[int]) -> list[int]:
+        """What has to be fed of a proposal: nothing stands behind what ends a text."""
+        return proposed[:-1] if proposed and proposed[-1] in self.stops else proposed
+
+    def take(self, proposed: Sequence[int], said: Said) -> None:
+        """What the decoder says to this proposal; what was written of the refused part is forgotten again."""
+        agreed = accept(proposed, said.ids)
+        self.passes, self.accepted, self.refused = self.passes + 1, self.accepted + agreed, self.refused + len(proposed) - agreed
+        # Of a proposal that ends the text and is right, there is no token of the decoder's own behind it.
+        for at in range(min(agreed + 1, len(said.ids))):
+            self.ids.append(said.ids[at])
+            self.logprobs.append(said.logprobs[at])
+            self.probabilities.append(said.probabilities[at])
+            self.finish = self._reason()
+            if self.finish is not None:
+                break
+        if self.finish is None and self.written is not None:
+            self.written.truncate(self.known - 1)
+
+    def _reason(self) -> FinishReason | None:
+        """Why the text is over, behind its last token."""
+        heard = None if self.listen is None else self.listen(self.ids[-1])
+        if self.is_ended:
+            return "stop"
+        return heard or ("length" if len(self.ids) >= self.most else None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends it without a result."""
+        self.finish, self.error = "error", error
+
+    def rest(self) -> None:
+        """Gives its memory back; what was said stays, and is fed again when it goes on."""
+        if self.written is not None:
+            self.written.close()
+            self.written = None

@@ -1,0 +1,492 @@
+"""pick_token: against its meaning spelled out in loops, row by row, over histories that repeat; hostile rows, ties and edges."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optmem import ops, reference
+from optmem.errors import InputError
+from optmem.testing import assert_equal, every_other, generator
+
+INF, NAN = math.inf, math.nan
+ALMOST_ONE = 1 - 2**-53  # the largest chance below 1
+GREEDY = {"guard_size": 0, "guard_window": 0, "temperature": 0.0, "top_p": 1.0, "chance": 0.0}
+TYPES = {
+    "guard_size": torch.int64,
+    "guard_window": torch.int64,
+    "temperature": torch.float32,
+    "top_p": torch.float32,
+    "chance": torch.float64,
+}
+ORDER = ("logits", "history", "guard_size", "guard_window", "allowed", "temperature", "top_p", "chance")
+
+
+# --- the meaning, spelled out ---------------------------------------------------------------------------------------------------
+
+
+def row(logits, said=(), allowed=(), **settings):
+    """One row as the loops below read it: plain lists and numbers, greedy and unguarded where nothing else is said."""
+    return {"logits": list(logits), "history": list(said), "allowed": list(allowed), **GREEDY, **settings}
+
+
+def banned_tokens(said, n, window, allowed):
+    banned = set()
+    if n == 0 or len(said) < n:
+        return banned
+    prefix = said[len(said) - n + 1 :]
+    for start in range(max(0, len(said) - window), len(said) - n + 1):
+        if said[start : start + n - 1] == prefix:
+            banned.add(said[start + n - 1])
+    return banned - set(allowed)
+
+
+def guarded_logits(asked):
+    banned = banned_tokens(asked["history"], asked["guard_size"], asked["guard_window"], asked["allowed"])
+    guarded = [-INF if token in banned else logit for token, logit in enumerate(asked["logits"])]
+    return guarded if max(guarded) > -INF else asked["logits"]
+
+
+def drawn_token(logits, temperature, top_p, chance):
+    """Sums of fractions, which round nothing."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    highest = logits[order[0]]
+    masses = [Fraction(math.exp((logits[token] - highest) / temperature)) for token in order]
+    kept, before = [], Fraction(0)
+    for mass in masses:
+        if kept and before >= top_p * sum(masses):
+            break
+        kept.append(mass)
+        before += mass
+    passed, before = chance * sum(kept), Fraction(0)
+    for token, mass in zip(order, kept, strict=False):
+        before += mass
+        if before > passed:
+            return token
+    return None
+
+
+def right_tokens(asked):
+    """What may be said: one token, or the two at an edge that rounding decides."""
+    guarded = guarded_logits(asked)
+    if asked["temperature"] == 0:
+        return {guarded.index(max(guarded))}
+    edge = Fraction(1, 10**12)
+    shares = [Fraction(asked["top_p"]) * (1 + way * edge) for way in (-1, 0, 1)]
+    chances = [min(max(Fraction(asked["chance"]) + way * edge, Fraction(0)), Fraction(ALMOST_ONE)) for way in (-1, 0, 1)]
+    return {drawn_token(guarded, asked["temperature"], share, chance) for share in shares for chance in chances}
+
+
+def is_broken(asked):
+    logits = asked["logits"]
+    return any(math.isnan(logit) or logit == INF for logit in logits) or max(logits) == -INF
+
+
+def log_probability(logits, token):
+    highest = max(logits)
+    return logits[token] - highest - math.log(math.fsum(math.exp(logit - highest) for logit in logits))
+
+
+def assert_right(rows, ids, logprobs):
+    assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
+    assert ids.shape == logprobs.shape == (len(rows),)
+    for asked, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+        if is_broken(asked):
+            assert token == -1
+            assert math.isnan(logprob)
+        else:
+            assert token in right_tokens(asked)
+            scale = 1 + abs(asked["logits"][token]) + abs(max(asked["logits"]))
+            assert abs(logprob - log_probability(asked["logits"], token)) <= 8 * scale * 2**-24
+
+
+# --- rows to tensors ------------------------------------------------------------------------------------------------------------
+
+
+def padded(lists, extra, side):
+    width = max(map(len, lists), default=0) + extra
+    fill = [[-1] * (width - len(ids)) for ids in lists]
+    rows = [ids + more if side == "right" else more + ids for ids, more in zip(lists, fill, strict=True)]
+    return torch.tensor(rows, dtype=torch.int64).view(len(lists), width)
+
+
+def tensors(rows, extra=0):
+    """The operator's tensors, by name; extra is columns of padding."""
+    made = {name: torch.tensor([asked[name] for asked in rows], dtype=dtype) for name, dtype in TYPES.items()}
+    made["logits"] = torch.tensor([asked["logits"] for asked in rows], dtype=torch.float32)
+    made["history"] = padded([asked["history"] for asked in rows], extra, "left")
+    made["allowed"] = padded([asked["allowed"] for asked in rows], extra, "right")
+    return [made[name] for name in ORDER]
+
+
+def flags(rows, most_guard=None):
+    most = max(0, *(asked["guard_size"] for asked in rows))
+    is_sampled = any(asked["temperature"] > 0 for asked in rows)
+    return {"most_guard": most if most_guard is None else most_guard, "is_sampled": is_sampled}
+
+
+def pick(*rows, extra=0, most_guard=None):
+    return ops.pick_token(*tensors(rows, extra), **flags(rows, most_guard))
+
+
+def picked(*rows, **settings):
+    return pick(*rows, **settings)[0].tolist()
+
+
+# --- against the meaning --------------------------------------------------------------------------------------------------------
+
+levels = st.integers(-12, 12).map(lambda level: level / 4)  # ties are common, and fp32 holds every one
+narrow_floats = st.floats(0, 1, width=32)
+
+
+@st.composite
+def histories(draw, tokens):
+    """Few tokens, or a short text again and again with something behind it: n-grams of every length repeat."""
+    ids = st.integers(0, tokens)
+    if draw(st.booleans()):
+        return draw(st.lists(ids, max_size=12))
+    return (draw(st.lists(ids, min_size=1, max_size=3)) * draw(st.integers(1, 6)) + draw(st.lists(ids, max_size=2)))[:16]
+
+
+@st.composite
+def rows_of(draw, vocab):
+    hostile = st.sampled_from([NAN, INF, -INF, 3.4e38, -3.4e38, -0.0])
+    logit = st.one_of(levels, st.just(-INF)) if draw(st.integers(0, 5)) else st.one_of(levels, hostile)
+    return row(
+        [torch.tensor(x, dtype=torch.float32).item() for x in draw(st.lists(logit, min_size=vocab, max_size=vocab))],
+        draw(histories(min(vocab, 2))),  # one token more than a vocabulary of 1 or 2 has
+        draw(st.lists(st.integers(0, vocab), max_size=3)),
+        guard_size=draw(st.integers(0, 6)),
+        guard_window=draw(st.integers(0, 18)),
+        temperature=draw(st.one_of(st.just(0.0), st.sampled_from([0.25, 1.0, 3.0]), st.floats(2**-10, 100, width=32))),
+        top_p=draw(st.one_of(st.just(1.0), narrow_floats)),
+        chance=draw(st.one_of(st.just(ALMOST_ONE), st.floats(0, 1, exclude_max=True))),
+    )
+
+
+batches = st.integers(1, 6).flatmap(lambda vocab: st.lists(rows_of(vocab), min_size=1, max_size=4))
+
+
+@settings(max_examples=300)
+@given(batches)
+def test_says_what_the_loops_say(rows):
+    assert_right(rows, *pick(*rows))
+
+
+@settings(max_examples=60)
+@given(batches, st.integers(0, 5), st.integers(0, 40))
+def test_a_row_knows_neither_of_the_others_nor_of_padding(rows, extra, more):
+    together = pick(*rows, extra=extra, most_guard=flags(rows)["most_guard"] + more)
+    for at, asked in enumerate(rows):
+        for got, alone in zip(together, pick(asked), strict=True):
+            assert_equal(got[at : at + 1].nan_to_num(7), alone.nan_to_num(7))
+
+
+@settings(max_examples=60)
+@given(batches)
+def test_no_more_history_is_needed_than_the_longest_window(rows):
+    longest = max(asked["guard_window"] for asked in rows)
+    cut = [asked | {"history": asked["history"][max(0, len(asked["history"]) - longest) :]} for asked in rows]
+    for whole, recent in zip(pick(*rows), pick(*cut), strict=True):
+        assert_equal(whole.nan_to_num(7), recent.nan_to_num(7))
+
+
+@pytest.mark.parametrize(("size", "window"), [(20, 50), (30, 90), (35, 128), (35, 1024), (40, 90), (2, 300), (1, 300)])
+def test_the_guards_of_the_family(size, window):
+    """Long texts that loop with any period, stop looping, or are cut: exactly the tokens of the loops are banned."""
+    rng = generator(f"guard {size} {window}")
+    rows = []
+    for period in (*range(1, 40), 45, 49, 55, 60, 89, 95, 300):
+        loop = torch.randint(0, 3, (period,), generator=rng).tolist()
+        said = (loop * (1200 // period + 1))[: int(torch.randint(40, 1200, (), generator=rng))]
+        if period % 4 == 0:
+            said[-(size + 1) // 2] = 3
+        rows.append(row([0.0] * 5, said, guard_size=size, guard_window=window))
+    logits, history, sizes, windows, allowed, *_ = tensors(rows)
+    guarded = reference.guard_repeats(logits, history, sizes, windows, allowed, size)
+    banned = [banned_tokens(asked["history"], size, window, ()) for asked in rows]
+    assert [set(where.nonzero().flatten().tolist()) for where in guarded == -INF] == banned
+    assert sum(map(bool, banned)) >= 5
+    assert size < 20 or not all(banned)
+
+
+# --- the guard, by hand ---------------------------------------------------------------------------------------------------------
+
+FALLING = [4.0, 3.0, 2.0, 1.0]  # the likeliest token is 0
+
+
+@pytest.mark.parametrize(
+    ("said", "size", "window", "allowed", "token"),
+    [
+        ([1, 2, 0, 1, 2], 3, 5, [], 1),  # 1 2 0 would repeat
+        ([1, 2, 0, 1, 2], 3, 5, [0], 0),  # a token of the whitelist may repeat
+        ([1, 2, 0, 1, 2], 3, 4, [], 0),  # it began before the window
+        ([1, 2, 0, 1, 2], 3, 10**18, [], 1),
+        ([1, 2, 0, 1, 2], 3, 2, [], 0),  # a window below n
+        ([1, 2, 0, 1, 2], 3, -1, [], 0),
+        ([1, 2, 0, 1, 2], 3, -(2**63), [], 0),
+        ([1, 2, 0, 1, 2], 6, 9, [], 0),  # longer than the history
+        ([1, 2, 0, 1, 2], 0, 9, [], 0),
+        ([1, 2, 0, 1, 2], -3, 9, [], 0),
+        ([0, 0, 0], 3, 3, [], 1),  # the n-gram that ends the history counts
+        ([0, 0], 3, 3, [], 0),
+        ([0, 1, 3], 1, 2, [], 0),  # n = 1 bans every token of the window, whatever came last
+        ([3, 0, 1], 1, 2, [], 2),
+        ([3, 0, 1], 1, 2, [1], 1),
+        ([1, 2, 10**15, 1, 2], 3, 5, [], 0),  # tokens that no logit is for
+        ([10**15, 2, 0, 10**15, 2], 3, 5, [10**15], 1),
+        ([0, 1, 2, 3], 1, 4, [], 0),  # everything would be banned, so nothing is
+        ([0, 1, 2, 3], 1, 4, [3], 3),
+        ([], 1, 1, [], 0),
+    ],
+)
+def test_the_guard(said, size, window, allowed, token):
+    assert picked(row(FALLING, said, allowed, guard_size=size, guard_window=window)) == [token]
+    assert picked(row(FALLING, said, allowed, guard_size=size, guard_window=window, temperature=0.01)) == [token]
+
+
+def test_a_token_that_no_logit_is_for_bans_none():
+    assert picked(row([1.0, 2.0], [0, 0, 2, 0, 0], guard_size=3, guard_window=5)) == [1]
+    assert picked(row([1.0, 2.0], [0, 0, 10**15, 0, 0], guard_size=3, guard_window=5)) == [1]
+
+
+def test_where_the_guard_leaves_nothing_finite_nothing_is_banned():
+    assert picked(row([-INF, 2.0, 1.0], [1, 2], guard_size=1, guard_window=2)) == [1]
+    assert picked(row([0.0], [0], guard_size=1, guard_window=1)) == [0]
+
+
+def test_logprobs_are_those_of_the_raw_logits():
+    ids, logprobs = pick(row(FALLING, [0, 0], guard_size=1, guard_window=2, temperature=9.0, top_p=0.1))
+    assert ids.tolist() == [1]
+    assert_equal(logprobs, torch.tensor([FALLING]).log_softmax(-1)[:, 1])
+
+
+# --- what is drawn --------------------------------------------------------------------------------------------------------------
+
+
+def test_of_equals_the_lower_id():
+    equal = [1.0, 3.0, 3.0, 2.0, 3.0]
+    assert picked(row(equal)) == [1]
+    thirds = [row(equal, temperature=0.05, chance=chance) for chance in (0.0, 0.33, 0.34, 0.66, 0.67, ALMOST_ONE)]
+    assert picked(*thirds) == [1, 1, 2, 2, 4, 3]  # with a chance as near to 1 as can be, even the unlikely 3
+    assert picked(row(equal, temperature=0.05, top_p=0.5, chance=ALMOST_ONE)) == [2]
+    assert picked(row([0.0] * 4, temperature=1.0, chance=0.5)) == [2]  # 2 of 4 is not above a half
+    assert picked(row([0.0] * 4, temperature=1.0, top_p=0.5, chance=ALMOST_ONE)) == [1]
+    many = row([0.0] * 999, temperature=1.0)  # more than a sort keeps in order by chance
+    assert picked(*(many | {"chance": (at + 0.5) / 999} for at in range(999))) == list(range(999))
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3, ALMOST_ONE])
+@pytest.mark.parametrize("top_p", [0.0, 2**-149, 0.5, ALMOST_ONE, 1.0])
+def test_what_cannot_be_is_never_drawn(chance, top_p):
+    """Zeros of the softmax in front, behind and between; logits so far apart that fp32 holds no difference of them."""
+    rows = [[-INF, 1.0, -INF, -INF], [-INF, -3.4e38, -INF, 3.4e38], [-3e38, -3e38, -3.4e38, -INF], [0.0, -1e4, -1e4, -1e4]]
+    drawn = picked(*(row(logits, temperature=1.0, top_p=top_p, chance=chance) for logits in rows))
+    assert drawn[:2] == [1, 3]
+    assert drawn[2] in (0, 1)
+    assert drawn[3] == 0
+
+
+def test_a_temperature_near_0_draws_the_likeliest():
+    assert picked(*(row(FALLING[::-1], temperature=heat, chance=ALMOST_ONE) for heat in (2**-149, 1e-30, 0.01))) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.6, 0.2])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_frequencies_are_those_of_the_softmax(temperature, top_p):
+    """20,000 chances at even distances: every token's count is its probability's to within the rounding at its two ends."""
+    count, logits = 20_000, [0.3, -1.0, 2.0, 0.9, -INF, 1.6]
+    probabilities = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1)
+    before = torch.tensor([probabilities[probabilities > own].sum() for own in probabilities])
+    kept = probabilities * (before < top_p)
+    one = row(logits, temperature=temperature, top_p=top_p)
+    ids = picked(*(one | {"chance": (at + 0.5) / count} for at in range(count)))
+    counts = torch.bincount(torch.tensor(ids), minlength=6)
+    assert ((counts - count * kept / kept.sum()).abs() <= 1).all()
+    assert (counts[kept == 0] == 0).all()
+
+
+def test_a_whole_vocabulary():
+    """129,280 logits: the answer of fp64, and that of the same row alone."""
+    rng = generator("pick_token 129280")
+    logits = 3 * torch.randn(4, 129280, generator=rng)
+    chance, top_p = torch.rand(4, generator=rng, dtype=torch.float64), torch.tensor([1.0, 0.9, 0.5, 1.0])
+    none = torch.empty(4, 0, dtype=torch.int64)
+    zeros = torch.zeros(4, dtype=torch.int64)
+    columns = (logits, none, zeros, zeros, none, torch.tensor([1.0, 0.7, 2.0, 0.0]), top_p, chance)
+    ids, logprobs = ops.pick_token(*columns, most_guard=0, is_sampled=True)
+    for at in range(4):
+        alone = ops.pick_token(*(column[at : at + 1] for column in columns), most_guard=0, is_sampled=True)
+        assert_equal(torch.stack([ids[at].double(), logprobs[at].double()]), torch.cat([one.double() for one in alone]))
+    assert_equal(logprobs, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    assert ids[3] == logits[3].argmax()
+    for at, heat in enumerate((1.0, 0.7, 2.0)):
+        probabilities, order = (logits[at].double() / heat).softmax(-1).sort(descending=True)
+        ends = probabilities.cumsum(0)
+        kept = ends[int((ends - probabilities < top_p[at].double()).sum()) - 1]
+        place = int((order == ids[at]).nonzero())
+        assert ends[place] - probabilities[place] - 1e-9 <= chance[at] * kept <= ends[place] + 1e-9
+        assert probabilities[place] < 0.1  # so that another token could have been drawn
+
+
+# --- hostile rows ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("bad", [[1.0, NAN, 2.0], [NAN] * 3, [-INF] * 3, [1.0, INF, 2.0], [INF, -INF, NAN]], ids=str)
+def test_a_broken_row_fails_alone(bad, temperature):
+    guard = {"guard_size": 2, "guard_window": 9, "temperature": temperature, "chance": 0.7}
+    good = [row(logits, [0, 1, 0], **guard) for logits in ([1.0, 2.0, 0.0], [0.0, -INF, 1.0])]
+    ids, logprobs = pick(good[0], row(bad, [0, 1, 0], **guard), good[1])
+    assert ids[1] == -1
+    assert logprobs[1].isnan()
+    for got, expected in zip((ids, logprobs), pick(*good), strict=True):
+        assert_equal(got[::2], expected)
+    assert picked(row(bad, [0, 1, 0], **guard)) == [-1]
+
+
+@pytest.mark.parametrize("temperature", [-1.0, -(2**-149), NAN, INF])
+def test_a_temperature_that_cannot_be_fails_its_row(temperature):
+    ids, logprobs = pick(row(FALLING, temperature=temperature), row(FALLING, temperature=1.0))
+    assert ids.tolist() == [-1, 0]
+    assert logprobs.isnan().tolist() == [True, False]
+
+
+def test_a_row_that_belies_the_flags_fails_alone():
+    rows = [row(FALLING, [0, 0], guard_size=2, guard_window=2), row(FALLING, temperature=1.0), row(FALLING)]
+    told = dict(zip(ORDER, tensors(rows), strict=True))
+    assert ops.pick_token(**told, most_guard=2, is_sampled=True)[0].tolist() == [1, 0, 0]
+    assert ops.pick_token(**told, most_guard=1, is_sampled=True)[0].tolist() == [-1, 0, 0]
+    assert ops.pick_token(**told, most_guard=0, is_sampled=True)[0].tolist() == [-1, 0, 0]
+    assert ops.pick_token(**told, most_guard=2, is_sampled=False)[0].tolist() == [1, -1, 0]
+    assert ops.pick_token(**told, most_guard=2**63 - 1, is_sampled=True)[0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("top_p", "chance"), [(NAN, NAN), (-1.0, -1.0), (1.5, 1.5), (1.0, 1.0), (INF, INF), (0.5, -INF)])
+def test_numbers_out_of_range_still_draw_a_token(top_p, chance):
+    assert picked(row([1.0, 2.0, -INF], temperature=1.0, top_p=top_p, chance=chance))[0] in (0, 1)
+
+
+def test_padding_may_be_anything_below_0():
+    rows = [row(FALLING, [0, 1, 0], [2], guard_size=2, guard_window=9), row(FALLING, [1] * 9, guard_size=4, guard_window=9)]
+    hostile = [torch.where(t < 0, -(2**62), t) if t.dtype == torch.int64 else t for t in tensors(rows, extra=3)]
+    for got, expected in zip(ops.pick_token(*hostile, **flags(rows)), pick(*rows), strict=True):
+        assert_equal(got, expected)
+
+
+def test_one_token_no_history_and_no_rows():
+    ids, logprobs = pick(row([5.0], temperature=1.0, chance=ALMOST_ONE), row([NAN], temperature=1.0))
+    assert ids.tolist() == [0, -1]
+    assert logprobs[0] == 0
+    assert picked(row(FALLING, guard_size=3, guard_window=9)) == [0]  # L = 0, and a guard that has nothing to look at
+    empty = [tensor[:0] for tensor in tensors([row(FALLING, [1, 1], [2])])]
+    for most, is_sampled in ((0, False), (2, False), (2, True)):
+        ids, logprobs = ops.pick_token(*empty, most_guard=most, is_sampled=is_sampled)
+        assert_equal(ids, torch.empty(0, dtype=torch.int64))
+        assert_equal(logprobs, torch.empty(0))
+
+
+def many_rows(name, count=9, vocab=33):
+    """Rows of all kinds: guards that ban, greedy and drawn."""
+    rng = generator(name)
+    return [
+        row(
+            (4 * torch.randn(vocab, generator=rng)).tolist(),
+            torch.randint(0, 2, (at * 2,), generator=rng).tolist(),
+            [1] * (at % 2),
+            guard_size=at % 4,
+            guard_window=3 * at,
+            temperature=(0.0, 0.9)[at % 2],
+            top_p=(1.0, 0.8)[at % 3 == 0],
+            chance=torch.rand((), generator=rng).item(),
+        )
+        for at in range(count)
+    ]
+
+
+def test_strided_inputs_are_read_where_they_are_and_left_alone():
+    plain = tensors(many_rows("strided"))
+    plain[0][2, 3] = NAN
+    before = [tensor.clone() for tensor in plain]
+    expected = ops.pick_token(*plain, most_guard=3, is_sampled=True)
+    for tensor, copy in zip(plain, before, strict=True):
+        assert torch.equal(tensor.nan_to_num(7), copy.nan_to_num(7))
+    turned = [tensor.T.contiguous().T if tensor.dim() == 2 else tensor for tensor in plain]
+    for strided in ([every_other(tensor) for tensor in plain], turned):
+        for got, want in zip(ops.pick_token(*strided, most_guard=3, is_sampled=True), expected, strict=True):
+            assert_equal(got.nan_to_num(7), want.nan_to_num(7))
+
+
+# --- the operator ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_sampled", [False, True])
+@pytest.mark.parametrize("length", [0, 7])
+def test_nothing_waits_for_the_device(length, is_sampled):
+    """On the meta device there are no values: whoever asks for one, as .item() or nonzero() do, raises."""
+    inputs = tensors(many_rows("meta"))
+    inputs[1] = inputs[1][:, :length]
+    ids, logprobs = reference.pick_token(*(tensor.to("meta") for tensor in inputs), 3, is_sampled)
+    assert (ids.shape, ids.dtype, logprobs.shape, logprobs.dtype) == ((9,), torch.int64, (9,), torch.float32)
+
+
+def test_what_the_flags_rule_out_is_not_done(monkeypatch):
+    """Without guards no history is looked at, and without temperatures nothing is sorted."""
+    rows = [row(FALLING, [1, 1]), row(FALLING)]
+    for name in ("ends_of_repeats", "_give_back", "draw_token"):
+        monkeypatch.setattr(reference, name, None)
+    assert picked(*rows) == [0, 0]
+    assert picked(row(FALLING, guard_size=2), most_guard=2) == [0]
+    with pytest.raises(TypeError):
+        pick(*rows, most_guard=1)
+    with pytest.raises(TypeError):
+        pick(row(FALLING, temperature=1.0))
+
+
+WRONG = [
+    ("logits", torch.ones(2, 4).double(), "logits must be torch.float32, got torch.float64"),
+    ("logits", torch.ones(4), r"logits must be \[N, V\], V at least 1, got \[4\]"),
+    ("logits", torch.ones(2, 0), r"logits must be \[N, V\], V at least 1, got \[2, 0\]"),
+    ("history", torch.ones(2, 3), "history must be torch.int64, got torch.float32"),
+    ("history", torch.ones(3, 3, dtype=torch.int64), r"history must be \[2, L\], got \[3, 3\]"),
+    ("history", torch.ones(2, 3, dtype=torch.int64, device="meta"), "history must be on cpu, got meta"),
+    ("guard_size", torch.ones(2, dtype=torch.int32), "guard_size must be torch.int64, got torch.int32"),
+    ("guard_window", torch.ones(3, dtype=torch.int64), r"guard_window must be \[2\], got \[3\]"),
+    ("allowed", torch.ones(2, dtype=torch.int64), r"allowed must be \[2, A\], got \[2\]"),
+    ("temperature", torch.ones(2).double(), "temperature must be torch.float32, got torch.float64"),
+    ("temperature", torch.ones(2, device="meta"), "temperature must be on cpu, got meta"),
+    ("top_p", torch.ones(2, 1), r"top_p must be \[2\], got \[2, 1\]"),
+    ("chance", torch.ones(2), "chance must be torch.float64, got torch.float32"),
+    ("most_guard", -1, "most_guard must not be negative, got -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), WRONG, ids=[words for _, _, words in WRONG])
+def test_refuses_wrong_arguments(name, value, words):
+    right = dict(zip(ORDER, tensors([row(FALLING, [1]), row(FALLING)]), strict=True)) | {"most_guard": 0, "is_sampled": False}
+    ops.pick_token(**right)
+    with pytest.raises(InputError, match=f"^pick_token: {words}"):
+        ops.pick_token(**right | {name: value})
+
+
+@pytest.mark.parametrize("rows", [[row(FALLING)] * 3, many_rows("opcheck", count=5)], ids=["greedy", "mixed"])
+def test_opcheck(rows):
+    torch.library.opcheck(torch.ops.optmem.pick_token, (*tensors(rows), *flags(rows).values()))
+
+
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_compiles_in_one_piece(is_sampled):
+    inputs = tensors(many_rows("compile", count=5))
+    inputs[0][2, 3] = NAN
+    compiled = torch.compile(ops.pick_token, fullgraph=True, backend="aot_eager")
+    got = compiled(*inputs, most_guard=3, is_sampled=is_sampled)
+    for ours, expected in zip(got, ops.pick_token(*inputs, most_guard=3, is_sampled=is_sampled), strict=True):
+        assert_equal(ours.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_says_who_serves_it():
+    rows = {row.device: row.name for row in ops.implementations() if row.operator == "pick_token"}
+    assert rows == {"cpu": "reference", "cuda": "reference"}
