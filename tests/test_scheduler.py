@@ -266,7 +266,8 @@ def test_a_prompt_of_nan_fails_alone(decoder):
 def test_cancelled_and_late_texts_give_their_memory_back_within_a_step(decoder):
     loop = engine(decoder)
     for way in ("cancel", "deadline"):
-        request = TextRequest(Speech(Prefix(vectors(decoder, 20, "p")), vectors(decoder, 1, "o"), 500))
+        speech = Speech(Prefix(vectors(decoder, 20, "p")), vectors(decoder, 1, "o"), 500)
+        request = TextRequest(speech, deadline=time.monotonic() + 1000)
         loop.submit(request)
         for _ in range(6):
             loop.step()

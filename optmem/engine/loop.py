@@ -115,7 +115,7 @@ class Loop:
         for request in cancelled:
             request.is_cancelled = True
             for speech in request.speeches:
-                speech.finish = speech.finish or "cancelled"
+                self.scheduler.end(speech, "cancelled")
 
     def _add(self, request: Request, speeches: Sequence[Speech]) -> None:
         for speech in speeches:  # all before any: a request is taken whole or not at all
@@ -136,8 +136,7 @@ class Loop:
 
     def _fail(self, request: Request, error: Exception) -> None:
         for speech in request.speeches:
-            if speech.finish is None:
-                speech.fail(error)
+            self.scheduler.end(speech, "error", error)
         request.finish(error)
 
     def _work(self, works: Sequence[Work]) -> None:
@@ -156,14 +155,15 @@ class Loop:
             self.scheduler.undo([work])
             failed = [work.speech] if work.speech is not None else self.scheduler.users_of(work.written)
             for speech in failed:
-                speech.fail(_shown(error))
+                self.scheduler.end(speech, "error", _shown(error))
 
     def _checked(self, works: Sequence[Work], said: Sequence[Said | None]) -> Sequence[Said | None]:
         """A text whose logits hold NaN fails; the others of its pass are sound."""
         for work, answer in zip(works, said, strict=True):
             if answer is not None and min(answer.ids) < 0:
                 assert work.speech is not None
-                work.speech.fail(ModelError("the decoder said NaN: its weights or these vision tokens are damaged"))
+                error = ModelError("the decoder said NaN: its weights or these vision tokens are damaged")
+                self.scheduler.end(work.speech, "error", error)
         return [
             None if work.speech is not None and work.speech.finish else answer for work, answer in zip(works, said, strict=True)
         ]

@@ -15,7 +15,7 @@ from optmem.engine.modes import next_mode
 from optmem.engine.requests import Answer
 from optmem.engine.result import Attempt, Completion, failed
 from optmem.engine.vision_tokens import VisionTokens
-from optmem.errors import OptmemError
+from optmem.errors import ModelError, OptmemError
 from optmem.model.config import ModelConfig
 from optmem.pixels import Mode, Views
 
@@ -90,13 +90,25 @@ class Pipeline:
                 shown.append((page, self.reader.show(page.picture, page.mode)))
             except OptmemError as error:
                 page.error = error
-        for (page, view), tokens in zip(shown, self.reader.encode([view for _, view in shown]), strict=True):
+        for (page, view), tokens in zip(shown, self._encoded([view for _, view in shown]), strict=True):
             page.shown_in = view.mode
             try:
+                if isinstance(tokens, OptmemError):
+                    raise tokens
                 page.request = self.reader.ask(tokens)
             except OptmemError as error:
                 page.error = error
         return pages
+
+    def _encoded(self, shown: Sequence[Shown]) -> Sequence[VisionTokens | OptmemError]:
+        """The vision tokens of pictures; where they fail together, each is tried alone."""
+        try:
+            return self.reader.encode(shown)
+        except (RuntimeError, MemoryError, OptmemError) as error:
+            if len(shown) > 1:
+                return [tokens for each in shown for tokens in self._encoded([each])]
+            failure = error if isinstance(error, OptmemError) else ModelError(f"encoding failed: {type(error).__name__}")
+            return [failure]
 
     def _end(self, page: _Page) -> Completion:
         """Waits for a page, and reads it again as long as it turns in circles."""

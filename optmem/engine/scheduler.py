@@ -19,6 +19,7 @@ from itertools import count
 from torch import Tensor
 
 from optmem.engine.draft import Said
+from optmem.engine.result import FinishReason
 from optmem.engine.speech import Prefix, Speech
 from optmem.errors import InputError
 from optmem.model.cache import Cache
@@ -59,6 +60,12 @@ class Work:
         return self.vectors.shape[0] + len(self.ids)
 
     @property
+    def most_pages(self) -> int:
+        """Pages of the cache that feeding it can take: with a copy of one that others hold."""
+        size = self.written.cache.page_size
+        return -(-(self.before + self.count) // size) - len(self.written.pages) + 1
+
+    @property
     def asked(self) -> int:
         """Tokens picked: one behind everything known, and one behind every proposed token that is fed."""
         if not self.asks or self.speech is None:
@@ -77,6 +84,8 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, ...], int, Speech]] = []  # a heap
         self._arrivals = count()
         self._prefixes: list[Prefix] = []  # that have users
+        self._deadlines = 0  # texts that have one
+        self._is_any_ended = False  # of those that wait
 
     @property
     def is_idle(self) -> bool:
@@ -89,7 +98,13 @@ class Scheduler:
         if speech.prefix.users == 0:
             self._prefixes.append(speech.prefix)
         speech.prefix.users += 1
+        self._deadlines += speech.deadline is not None
         self._wait(speech)
+
+    def end(self, speech: Speech, reason: FinishReason, error: Exception | None = None) -> None:
+        """Ends a text that is here, whatever it is doing; `collect` gives it back."""
+        if speech.finish is None:
+            speech.finish, speech.error, self._is_any_ended = reason, error, True
 
     def check(self, prefix: int, own: int, most: int) -> None:
         """Raises InputError where a text of these lengths could not be said though it were alone."""
@@ -114,13 +129,14 @@ class Scheduler:
         """The next pass: empty only where nothing is to be done."""
         self._admit()
         works: list[Work] = []
-        left = self.limits.tokens
+        left, pages = self.limits.tokens, 0
         share = left // max(len(self.running), 1) - 1
-        for speech in list(self.running):
+        for speech in self.running:  # which gets shorter meanwhile, at its end: who gives way is younger than who goes on
             if left < 1 or (speech.written is None and not self._may_begin(speech, works)):
                 continue
             work = self._work(speech, left, share)
-            if not self._make_room(works, work, speech):
+            pages += work.most_pages
+            if pages > self.cache.num_free and not self._make_room(works, work, speech):
                 if speech.written is not None and speech.written.length == speech.prefix.length:
                     speech.rest()  # a fork that fed nothing holds what others could use
                 break
@@ -147,17 +163,20 @@ class Scheduler:
 
     def collect(self) -> list[Speech]:
         """The texts that are over, their memory given back."""
-        self._check_deadlines()
+        if self._deadlines:
+            self._check_deadlines()
         over = [speech for speech in self.running if speech.finish is not None]
-        over += [speech for _, _, speech in self._waiting if speech.finish is not None]
-        if not over:
-            return []
-        self.running = [speech for speech in self.running if speech.finish is None]
-        self._waiting = [entry for entry in self._waiting if entry[2].finish is None]
-        heapq.heapify(self._waiting)
+        if over:
+            self.running = [speech for speech in self.running if speech.finish is None]
+        if self._is_any_ended:
+            over += [entry[2] for entry in self._waiting if entry[2].finish is not None]
+            self._waiting = [entry for entry in self._waiting if entry[2].finish is None]
+            heapq.heapify(self._waiting)
+            self._is_any_ended = False
         for speech in over:
             speech.rest()
             speech.prefix.users -= 1
+            self._deadlines -= speech.deadline is not None
             if speech.prefix.users == 0:
                 speech.prefix.close()
                 self._prefixes.remove(speech.prefix)
@@ -233,8 +252,8 @@ class Scheduler:
     def _check_deadlines(self) -> None:
         now = time.monotonic()
         for speech in (*self.running, *(entry[2] for entry in self._waiting)):
-            if speech.deadline is not None and now >= speech.deadline and speech.finish is None:
-                speech.finish = "cancelled"
+            if speech.deadline is not None and now >= speech.deadline:
+                self.end(speech, "cancelled")
 
     def check_integrity(self) -> None:
         """Every page of the cache is free, or held by a prefix or a text that is here."""

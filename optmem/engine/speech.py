@@ -127,10 +127,6 @@ class Speech:
             return "stop"
         return heard or ("length" if len(self.ids) >= self.most else None)
 
-    def fail(self, error: Exception) -> None:
-        """Ends it without a result."""
-        self.finish, self.error = "error", error
-
     def rest(self) -> None:
         """Gives its memory back; what was said stays, and is fed again when it goes on."""
         if self.written is not None:
