@@ -178,6 +178,22 @@ def test_vision_tokens_come_back_from_their_file(tmp_path, dtype):
     assert [file.name for file in tmp_path.iterdir()] == ["page.safetensors"]
 
 
+def test_as_int8_they_take_half_the_room_and_are_off_by_half_a_step(tmp_path):
+    rows = torch.logspace(-20, 4, 256)[:, None] * torch.randn(256, 384, generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
+    rows[7] = 0
+    saved = VisionTokens(rows, find_mode("square 1024"), NO_TILES, "a1" * 16, (1000, 800))
+    saved.save(tmp_path / "whole", int8=True)
+    replace(saved, features=rows.bfloat16()).save(tmp_path / "half")
+    loaded = VisionTokens.load(tmp_path / "whole")
+    assert loaded.picture == (1000, 800)
+    step = rows.abs().amax(1, keepdim=True) / 127
+    assert ((loaded.features - rows).abs() <= step * 0.501).all()
+    assert (loaded.features[7] == 0).all()
+    assert (tmp_path / "whole").stat().st_size < 0.52 * (tmp_path / "half").stat().st_size
+    with pytest.raises(InputError, match="no place in int8"):
+        tokens(dtype=torch.float32, fill=1e30).save(tmp_path / "absurd", int8=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -204,6 +220,7 @@ def metadata(**changes):
 
 
 GOOD = {"features": torch.zeros(4, 32)}
+WHOLE = {"features": torch.ones(4, 32, dtype=torch.int8)}
 
 
 @pytest.mark.parametrize(
@@ -222,10 +239,19 @@ GOOD = {"features": torch.zeros(4, 32)}
         (GOOD, {"grid": "[1, 1, 1]"}, r"grid must be"),
         (GOOD, {"grid": "[9999999999, 1]"}, r"grid must be"),
         (GOOD, {"encoder": "zz"}, "32 hexadecimal digits"),
-        ({"weights": torch.zeros(4, 32)}, {}, "must hold one tensor"),
-        (GOOD | {"more": torch.zeros(1)}, {}, "must hold one tensor"),
-        ({"features": torch.zeros(4, 32, dtype=torch.int8)}, {}, "bf16, fp16 or fp32"),
-        ({"features": torch.zeros(4, 32, 1)}, {}, "bf16, fp16 or fp32"),
+        ({"weights": torch.zeros(4, 32)}, {}, "must hold 'features', got"),
+        (GOOD | {"more": torch.zeros(1)}, {}, "must hold 'features', got"),
+        (GOOD | {"scales": torch.ones(4)}, {}, "must hold 'features', got"),
+        ({"features": torch.zeros(4, 32, dtype=torch.int8)}, {}, "must hold 'features' and 'scales', got"),
+        ({"features": torch.zeros(4, 32, dtype=torch.int16)}, {}, "bf16, fp16, fp32 or int8"),
+        (WHOLE | {"scales": torch.ones(5)}, {}, r"scales must be fp32 \[4\]"),
+        (WHOLE | {"scales": torch.ones(4).half()}, {}, r"scales must be fp32 \[4\]"),
+        (WHOLE | {"scales": torch.tensor([1.0, 0.0, 1.0, 1.0])}, {}, "above 0 and at most"),
+        (WHOLE | {"scales": torch.tensor([1.0, torch.nan, 1.0, 1.0])}, {}, "above 0 and at most|NaN"),
+        (WHOLE | {"scales": torch.full((4,), 1e30)}, {}, "above 0 and at most"),
+        (GOOD, {"picture": "[0, 5]"}, "picture must be"),
+        (GOOD, {"picture": "[99999999, 5]"}, "picture must be"),
+        ({"features": torch.zeros(4, 32, 1)}, {}, "bf16, fp16, fp32 or int8"),
         ({"features": torch.full((4, 32), torch.nan)}, {}, "NaN or infinite"),
         ({"features": torch.full((4, 32), -torch.inf, dtype=torch.bfloat16)}, {}, "NaN or infinite"),
     ],
@@ -468,12 +494,23 @@ def test_what_is_no_page_is_refused(engine):
         engine.decode([engine.encode(grey(2))])
 
 
-def test_public_families_are_encoded_and_not_yet_decoded():
+def test_public_families_are_encoded_without_a_tokenizer_and_have_no_glance():
     engine = Engine(Model.random("deepseek-ocr", scale=0.05))
     seen = engine.encode(np.zeros((640, 640), dtype=np.uint8))
     assert seen[0].features.shape[0] == 100
-    with pytest.raises(InputError, match="deepseek-ocr is encoded here and not decoded yet"):
+    with pytest.raises(CheckpointError, match=r"needs tokenizer\.json"):
         engine.decode(seen)
+
+
+def test_what_only_the_public_models_have_is_refused(engine):
+    seen = engine.encode(grey(1))
+    for asked in ({"prompt": "Free OCR."}, {"stop": "x"}):
+        with pytest.raises(InputError, match="is for the public models"):
+            engine.decode(seen, **asked)
+    assert "".join(engine.stream(seen[0], rows=range(3))) == engine.decode(seen, rows=range(3))[0].text
+    assert [done.text for done in engine.ocr(grey(2), rows=[0])] == [
+        done.text for done in engine.decode(engine.encode(grey(2)), rows=[0])
+    ]
 
 
 def test_nano_without_its_characters_is_refused(engine):

@@ -1,7 +1,8 @@
 """What is kept of a picture: its vision tokens, which encoder made them, and the file they travel in.
 
 The file is safetensors: one tensor `features`, and in the metadata `format`, `mode` and `grid` as JSON, `encoder`, and `picture`
-where the picture's size is known.
+where the picture's size is known.  As int8 the features are whole numbers from -127 to 127, and `scales`, fp32 [n], says how much
+one of them is in each row: half the size of bf16, and off by at most half a scale.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from optmem.errors import CheckpointError, InputError, OutputError
 from optmem.files import open_inside, parse_json
-from optmem.model.tensor_file import all_finite, read_header, read_tensor, write_file
+from optmem.model.tensor_file import Entry, all_finite, read_header, read_tensor, write_file
 from optmem.pixels import NO_TILES, Grid, Mode
 
 FORMAT = "optmem vision tokens 1"
-FEATURES = "features"
+FEATURES, SCALES = "features", "scales"
 MAX_TOKENS = 1 << 16  # of one picture; 1,156 are the most that a public mode has
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 LARGEST = 65504.0  # fp16's: what is larger, no encoder made, and norms over it are infinite
@@ -89,8 +90,10 @@ class VisionTokens:
         if not all_finite(self.features):
             raise InputError("these vision tokens hold NaN or infinite values: encode the picture again")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, int8: bool = False) -> None:
         """Write them to a file, which appears complete or not at all; one that is there is replaced.
+
+        int8   a byte a number and a scale a row: half of bf16's size
 
         Raises OutputError where it cannot be written, InputError for values that could not be read back.
         """
@@ -103,7 +106,7 @@ class VisionTokens:
             metadata["picture"] = json.dumps(self.picture)
         unfinished = target.with_name(f".{secrets.token_hex(8)}.unfinished")
         try:
-            write_file(unfinished, {FEATURES: self.features}, metadata)
+            write_file(unfinished, _as_int8(self.features) if int8 else {FEATURES: self.features}, metadata)
             unfinished.replace(target)
         except OSError as error:
             raise OutputError(f"cannot write {target.name}: {error.strerror or error}") from None
@@ -120,16 +123,49 @@ class VisionTokens:
             header = read_header(descriptor, source.name)
             mode, grid, encoder, picture = _read_metadata(header.metadata, source.name)
             entry = header.tensors.get(FEATURES)
-            if entry is None or len(header.tensors) > 1:
-                raise CheckpointError(f"{source.name} must hold one tensor, {FEATURES!r}, got {_shown(list(header.tensors))}")
-            if entry.dtype not in _FLOATS or len(entry.shape) != 2:
-                raise CheckpointError(f"{source.name}: features must be [n, hidden] of bf16, fp16 or fp32, got {list(entry.shape)}")
+            is_int8 = entry is not None and entry.dtype == torch.int8
+            names = {FEATURES, SCALES} if is_int8 else {FEATURES}
+            if entry is None or header.tensors.keys() != names:
+                wanted = " and ".join(map(repr, sorted(names)))
+                raise CheckpointError(f"{source.name} must hold {wanted}, got {_shown(list(header.tensors))}")
+            if not (is_int8 or entry.dtype in _FLOATS) or len(entry.shape) != 2:
+                given = list(entry.shape)
+                raise CheckpointError(f"{source.name}: features must be [n, hidden] of bf16, fp16, fp32 or int8, got {given}")
             if entry.shape[0] != mode.paper_tokens(grid):
                 wanted = f"{mode.paper_tokens(grid)}, as mode {mode.name} has"
                 raise CheckpointError(f"{source.name}: the number of tokens must be {wanted}, got {entry.shape[0]}")
-            features = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-            read_tensor(descriptor, entry, features, source.name)
+            features = _read(descriptor, entry, source.name, device)
+            if is_int8:
+                features *= _read_scales(descriptor, header.tensors[SCALES], entry, source.name, device)[:, None]
         return cls(features, mode, grid, encoder, picture)
+
+
+def _as_int8(features: Tensor) -> dict[str, Tensor]:
+    """Whole numbers and what one of them is in each row.  Raises InputError for what no encoder makes."""
+    wide = features.float()
+    if wide.numel() and wide.abs().max() > LARGEST:
+        raise InputError(f"these vision tokens hold values above {LARGEST:g}, as no encoder makes: they have no place in int8")
+    scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return {FEATURES: (wide / scales[:, None]).round().to(torch.int8), SCALES: scales}
+
+
+def _read(descriptor: int, entry: Entry, where: str, device: torch.device | str) -> Tensor:
+    """A tensor of the file; whole numbers as fp32."""
+    dtype = entry.dtype if entry.dtype.is_floating_point else torch.float32
+    found = torch.empty(entry.shape, dtype=dtype, device=device)
+    read_tensor(descriptor, entry, found, where)
+    return found
+
+
+def _read_scales(descriptor: int, entry: Entry, features: Entry, where: str, device: torch.device | str) -> Tensor:
+    """fp32 [n].  Raises CheckpointError for others, and for such as no features have."""
+    if entry.dtype != torch.float32 or entry.shape != features.shape[:1]:
+        wanted = f"fp32 [{features.shape[0]}]"
+        raise CheckpointError(f"{where}: scales must be {wanted}, got {entry.dtype} {list(entry.shape)}")
+    scales = _read(descriptor, entry, where, device)
+    if not bool(((scales > 0) & (scales <= LARGEST / 127)).all()):
+        raise CheckpointError(f"{where}: scales must be above 0 and at most {LARGEST / 127:g}")
+    return scales
 
 
 def _shown(names: list[str]) -> str:
