@@ -13,7 +13,7 @@ import click
 from PIL import Image
 from tqdm import tqdm
 
-from optmem import __version__, env
+from optmem import __version__, env, reading_commands
 from optmem.config import Alphabet, Cell, Kind, PageConfig, Style
 from optmem.demo import LEGEND, ReadBack, read_all, run_demo
 from optmem.demo_report import write_report
@@ -223,6 +223,7 @@ def save_report(read: list[ReadBack], folder: Path, checkpoint: str) -> Path:
     return file
 
 
+reading_commands.register(cli)
 synth_command.register(cli)
 eval_command.register(cli)
 train_command.register(cli)

@@ -164,3 +164,48 @@ def test_every_command_has_help():
         assert command.help, name
         for option in command.params:
             assert isinstance(option, click.Argument) or option.help, f"{name} --{option.name}"
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_become_tokens_and_tokens_text(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("first line\nsecond line\nthird: 0123456789\n")
+    assert run("render", "notes.txt", "-o", "pages", "--size", "256")[0] == 0
+    code, out, _ = run("encode", "pages", "-o", "tokens", "--int8", "--json")
+    (made,) = json.loads(out)
+    assert (code, made["mode"], made["tokens"]) == (0, "square 256", 16)
+    text = (tmp_path / "notes.txt").read_text()
+    assert run("decode", made["file"])[:2] == (0, text)
+    assert run("decode", made["file"], "--rows", "1:2")[:2] == (0, "second line\n")
+    assert run("ocr", "pages")[:2] == (0, text)
+    code, out, _ = run("ocr", "pages", "--json", "--rows", "0")
+    (read,) = json.loads(out)
+    assert (read["text"], read["finish_reason"], read["error"]) == ("first line\n", "stop", None)
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_read(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("still here\n")
+    run("render", "notes.txt", "-o", "pages", "--size", "256")
+    (tmp_path / "pages" / "a-bad.png").write_bytes(b"no picture")
+    code, out, err = run("ocr", "pages")
+    assert (code, out) == (65, "still here\n")
+    assert "a-bad.png" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("decode", "none.safetensors"),
+        ("ocr", "none.png"),
+        ("encode", "none.png"),
+        ("decode", "x", "--rows", "a"),
+        ("ocr", "x", "--model", "none"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(run, arguments):
+    code, out, err = run(*arguments)
+    assert code in (65, 66)
+    assert out == ""
+    assert err.startswith("optmem: ")
+    assert "Traceback" not in err

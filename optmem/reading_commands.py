@@ -1,0 +1,178 @@
+"""`optmem encode`, `decode` and `ocr`: pictures to files of vision tokens, those to text, and both at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from optmem.engine import Completion, Engine, VisionTokens
+from optmem.engine.options import Asked
+from optmem.errors import InputError, OptmemError, OutputError
+from optmem.images import LoadedImage, load_images
+
+Command = Callable[..., None]
+
+
+def register(cli: click.Group) -> None:
+    """Adds the commands."""
+    for command in (encode, decode, ocr):
+        cli.add_command(command)
+
+
+def _model(command: Command) -> Command:
+    chosen = click.option("--model", default="nano", show_default=True, help="nano, or a folder in the hub layout.")
+    on = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+    return chosen(on(command))
+
+
+def _shown(command: Command) -> Command:
+    mode = click.option("--mode", help="tiny, small, base, large, gundam or 'square <pixels>'.  [default: a picture's own size]")
+    dpi = click.option("--dpi", type=float, default=144, show_default=True, help="Of the pages of a PDF.")
+    return mode(dpi(command))
+
+
+def _asked(command: Command) -> Command:
+    rows = click.option("--rows", metavar="FIRST:END", help="Only these rows, for nano: 12:15 is three of them, 12 is one.")
+    prompt = click.option("--prompt", help="A task such as text or document, or your own words; for the public models.")
+    most = click.option("--max-tokens", type=int, help="Of a page.")
+    listed = click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+    return rows(prompt(most(listed(command))))
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("tokens"),
+    show_default=True,
+    help="Folder for the files.",
+)
+@click.option("--int8", is_flag=True, help="A byte a number: half the size.")
+@_shown
+@_model
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def encode(
+    sources: Sequence[str], output: Path, int8: bool, mode: str | None, dpi: float, model: str, device: str, as_json: bool
+) -> None:
+    """Write the vision tokens of pictures, PDFs and folders of them, a file for each page."""
+    engine = Engine.from_pretrained(model, device=device)
+    written: list[dict[str, Any]] = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {output}: {error.strerror or error}") from None
+    for number, image in enumerate(_watched(load_images(sources, dpi=dpi), "encoding"), 1):
+        (tokens,) = engine.encode(image, mode)
+        file = output / f"{_file_name(image.name)}-{number:04}.safetensors"
+        tokens.save(file, int8=int8)
+        written.append({"file": str(file), "source": image.name, "mode": tokens.mode.name, "tokens": tokens.features.shape[0]})
+    count = sum(each["tokens"] for each in written)
+    click.echo(json.dumps(written, indent=2) if as_json else f"{len(written)} pages, {count:,} vision tokens in {output}")
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_asked
+@_model
+def decode(
+    files: Sequence[Path], rows: str | None, prompt: str | None, max_tokens: int | None, as_json: bool, model: str, device: str
+) -> None:
+    """Read files of vision tokens, as `optmem encode` writes them."""
+    engine = Engine.from_pretrained(model, device=device)
+    done = engine.decode((VisionTokens.load(file) for file in files), **_wanted(rows, prompt, max_tokens))
+    _print([(str(file), each) for file, each in zip(files, done, strict=True)], as_json)
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True)
+@_shown
+@_asked
+@_model
+def ocr(
+    sources: Sequence[str],
+    mode: str | None,
+    dpi: float,
+    rows: str | None,
+    prompt: str | None,
+    max_tokens: int | None,
+    as_json: bool,
+    model: str,
+    device: str,
+) -> None:
+    """Read pictures, PDFs and folders of them.  One that cannot be read is named at the end; the others are read."""
+    engine = Engine.from_pretrained(model, device=device)
+    names: list[str] = []
+
+    def named() -> Iterator[LoadedImage]:
+        for image in load_images(sources, dpi=dpi, on_error="yield"):
+            names.append(image.name)
+            yield image
+
+    results = []
+    for number, done in enumerate(engine.ocr(named(), mode, **_wanted(rows, prompt, max_tokens))):
+        results.append((names[number], done))
+        if not as_json:
+            _print(results[-1:], as_json)
+    if as_json:
+        _print(results, as_json)
+    failed = [(name, done.error) for name, done in results if done.error is not None]
+    if failed:
+        for name, error in failed[:-1]:
+            click.echo(f"optmem: {name}: {error}", err=True)
+        name, last = failed[-1]
+        raise last if isinstance(last, OptmemError) else InputError(f"{name}: {last}")
+
+
+def _wanted(rows: str | None, prompt: str | None, max_tokens: int | None) -> Asked:
+    return {"rows": None if rows is None else read_rows(rows), "prompt": prompt, "max_tokens": max_tokens}
+
+
+def read_rows(rows: str) -> range:
+    """FIRST:END as a range.  Raises InputError for anything else."""
+    found = re.fullmatch(r"([0-9]{1,4})(?::([0-9]{1,4}))?", rows)
+    if found is None:
+        raise InputError(f"rows are FIRST:END such as 12:15, or one number, got {rows!r}")
+    first = int(found[1])
+    return range(first, int(found[2]) if found[2] else first + 1)
+
+
+def _print(results: Sequence[tuple[str, Completion]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([_described(name, done) for name, done in results], indent=2))
+        return
+    for _, done in results:
+        if done.error is None:
+            click.echo(done.text, nl=not done.text.endswith("\n"))
+
+
+def _described(name: str, done: Completion) -> dict[str, Any]:
+    return {
+        "source": name,
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "error": None if done.error is None else str(done.error),
+        "confidence": round(done.confidence, 4),
+        "prompt_tokens": done.prompt_tokens,
+        "output_tokens": done.output_tokens,
+        "boxes": [[box.left, box.top, box.right, box.bottom] for box in done.boxes],
+        "attempts": [{"mode": attempt.mode, "reason": attempt.reason} for attempt in done.attempts],
+    }
+
+
+def _file_name(name: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100] or "page"
+
+
+def _watched(images: Iterator[LoadedImage], what: str) -> Iterator[LoadedImage]:
+    """A bar on stderr when a person watches."""
+    yield from tqdm(images, desc=what, unit="page", file=sys.stderr, disable=not sys.stderr.isatty())
