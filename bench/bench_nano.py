@@ -1,4 +1,4 @@
-"""Nano's ways to read full 512-pixel pages of 8x16 cells, 64 tokens each, from stored vision tokens, in bf16.
+"""Nano's ways to read full 512-pixel pages of 8x16 cells, 64 tokens each, from stored vision tokens, in the CPU's fast type.
 
     greedy, a row after another   one token a step: what plain decoding is
     greedy, a page's rows         all rows of one page in a step
@@ -127,9 +127,7 @@ class Reader:
 @pytest.fixture(scope="module")
 def reader():
     try:
-        return Reader(
-            Engine.from_pretrained(os.environ.get("OPTMEM_NANO", "nano"), device="cpu", dtype="bfloat16"), is_trained=True
-        )
+        return Reader(Engine.from_pretrained(os.environ.get("OPTMEM_NANO", "nano"), device="cpu"), is_trained=True)
     except SourceNotFoundError:
         return Reader(random_engine(), is_trained=False)
 
@@ -138,7 +136,7 @@ def reader():
 @pytest.mark.parametrize("way", WAYS)
 def bench_read(benchmark, capsys, reader, way):
     weights = "" if reader.is_trained else ", random weights, imagined drafts"
-    benchmark.group = f"nano, {PAGES} full pages{weights}"
+    benchmark.group = f"nano, {PAGES} full pages, {reader.engine.model.decoder.dtype}{weights}"
     is_slow = way == WAYS[0]
     if is_slow:
         assert reader.read(reader.asked[:1], limits=Limits(texts=1)) == reader.answers[:1], "the answer is wrong"

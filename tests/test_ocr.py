@@ -1,6 +1,7 @@
 """The public models through the engine: prompts, streams, stops, circles, pages that fail, and bad input of every kind."""
 
 import math
+import resource
 import threading
 from itertools import count, islice
 
@@ -399,3 +400,15 @@ def test_chances_are_even_and_differ_by_seed_and_place():
     assert abs(drawn.mean() - 0.5) < 0.02
     assert len(set(drawn)) == 4000
     assert chances([1, -1, 2**70], [0, 0, 0]).tolist() != chances([2, -2, 2**71], [0, 0, 0]).tolist()
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_ten_thousand_pages(v1):
+    """Peak resident memory of the last 9,000 is within 5 % of that after 1,000."""
+    page = np.zeros((64, 64), dtype=np.uint8)
+    after = 0
+    for at, done in enumerate(v1.ocr((page for _ in range(10_000)), "tiny", max_tokens=1)):
+        assert done.error is None
+        if at == 1000:
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1.05 * after
