@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from optmem.errors import BackendError, CheckpointError, InputError, SourceNotFoundError
 from optmem.files import checkpoint_folder, read_json
+from optmem.machine import fast_dtype
 from optmem.model.config_json import CONFIG
 from optmem.model.encoder import Encoder
 from optmem.model.model import Model
 
+log = logging.getLogger(__name__)
 SHIPPED = ("nano",)
 FIDELITY = "fidelity.json"
 MAX_FIDELITY = 16 << 20  # bytes
@@ -61,6 +64,16 @@ def _is_there(name: str) -> bool:
         return bool(name) and Path(name).exists()
     except (OSError, ValueError):  # too long for any file, or with a zero byte
         return False
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> Model:
+    """A model in this type, or as it is stored; where a CPU multiplies that in software, as fp32."""
+    model = Model.load(folder, device=device, dtype=dtype)
+    stored = model.decoder.dtype
+    if dtype is not None or device.type != "cpu" or stored in (torch.float32, fast_dtype(device)):
+        return model
+    log.info("%s is stored as %s and held as fp32: this CPU has no products of that type", folder.name, stored)
+    return Model.load(folder, device=device, dtype=torch.float32)
 
 
 def read_temperatures(folder: Path, model: Model) -> Temperatures | None:

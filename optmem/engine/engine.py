@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import sys
@@ -23,6 +22,7 @@ from optmem.engine.checkpoint import (
     choose_dtype,
     encoder_fingerprint,
     find_checkpoint,
+    load_model,
     read_temperatures,
 )
 from optmem.engine.kv import make_cache
@@ -39,11 +39,9 @@ from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import InputError
 from optmem.images import as_image
-from optmem.machine import fast_dtype
 from optmem.model.model import Model
 from optmem.pixels import Mode, make_views
 
-log = logging.getLogger(__name__)
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
 T = TypeVar("T")
 
@@ -87,10 +85,7 @@ class Engine:
         Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model.
         """
         folder, place, chosen = find_checkpoint(name), choose_device(device), choose_dtype(dtype)
-        model = Model.load(folder, device=place, dtype=chosen)
-        if chosen is None and place.type == "cpu" and model.decoder.dtype not in (torch.float32, fast_dtype(place)):
-            log.info("%s is stored as %s and held as fp32: this CPU has no products of that type", name, model.decoder.dtype)
-            model = Model.load(folder, device=place, dtype=torch.float32)
+        model = load_model(folder, place, chosen)
         return cls(model, read_temperatures(folder, model))
 
     @property

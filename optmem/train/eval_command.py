@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import get_args
 
 import click
+import torch
 from tqdm import tqdm
 
 from optmem.config import check_choice
-from optmem.engine.checkpoint import find_checkpoint
+from optmem.engine.checkpoint import find_checkpoint, load_model
 from optmem.inputs import Given, read_input
-from optmem.model.model import Model
 from optmem.train.evaluate import EVERY_FORM, Part, Plan, evaluate
 from optmem.train.evaluate_pages import parse_form, unspoken
 from optmem.train.evaluate_reading import Nano
@@ -75,7 +75,7 @@ def eval_command(
     """
     given = tuple(read_input(file) for file in texts)
     plan = Plan(tuple(map(parse_form, forms.split(","))), _kinds(kinds, given), given, pages, rows, seed)
-    loaded = Model.load(find_checkpoint(model))
+    loaded = load_model(find_checkpoint(model), torch.device("cpu"))
     Nano.of(loaded)  # before minutes of collecting text
     check_writable(output)
     _say_escapes(given, plan.forms)
