@@ -61,3 +61,13 @@ class BackendError(OptmemError, RuntimeError):
 
 class ModelError(OptmemError, RuntimeError):
     """A pass of the model failed, or said what is no number."""
+
+
+def shown(error: BaseException) -> OptmemError:
+    """An error as users see it: ours as they are, those of others by their kind alone, for their words name addresses.
+
+    The frames it came through are let go, for they hold pictures and caches.
+    """
+    ours = error if isinstance(error, OptmemError) else ModelError(f"a part of the engine failed: {type(error).__name__}")
+    ours.__traceback__ = ours.__cause__ = ours.__context__ = None
+    return ours

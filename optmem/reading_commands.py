@@ -117,14 +117,17 @@ def ocr(
             names.append(image.name)
             yield image
 
-    results = []
+    listed: list[dict[str, Any]] = []
+    failed: list[tuple[str, Exception]] = []
     for number, done in enumerate(engine.ocr(named(), mode, **_wanted(rows, prompt, max_tokens))):
-        results.append((names[number], done))
-        if not as_json:
-            _print(results[-1:], as_json)
+        if as_json:
+            listed.append(_described(names[number], done))
+        else:
+            _print([(names[number], done)], as_json)
+        if done.error is not None:
+            failed.append((names[number], done.error))
     if as_json:
-        _print(results, as_json)
-    failed = [(name, done.error) for name, done in results if done.error is not None]
+        click.echo(json.dumps(listed, indent=2))
     if failed:
         for name, error in failed[:-1]:
             click.echo(f"optmem: {name}: {error}", err=True)

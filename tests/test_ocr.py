@@ -179,6 +179,27 @@ def test_a_listener_cuts_where_a_stop_begins(ids, stops):
         assert len(text) >= min(first, default=0)
 
 
+def test_nothing_follows_where_a_stop_cut():
+    byte = {TOKENIZER.token_bytes(token): token for token in range(TOKENIZER.vocab_size)}
+    heard = Listener(TOKENIZER, ("x",))
+    assert [heard(byte[word]) for word in (b"a", b"x")] == [None, "stop"]
+    assert heard.finish() == "a"
+    heard = Listener(TOKENIZER, ("xyz", "x"))
+    assert [heard(token) for token in TOKENIZER.encode("bx")][-1] == "stop"
+    assert heard.finish() == "b"
+
+
+def test_messages_name_no_addresses_and_no_prompts(v1):
+    (page,) = v1.encode(pictures(1), "tiny")
+    for asked in ({"draft": object()}, {"max_tokens": object()}, {"rows": [object()]}, {"temperature": object()},
+                  {"stop": object()}, {"timeout": object()}, {"seed": object()}, {"prompt": ["my secret"] * 65}):  # fmt: skip
+        with pytest.raises(InputError) as raised:
+            v1.decode(page, **asked)
+        assert "0x" not in str(raised.value)
+        assert "secret" not in str(raised.value)
+        assert len(str(raised.value)) < 300
+
+
 def test_a_stop_ends_an_answer_and_is_no_part_of_it(v1):
     (page,) = v1.encode(pictures(1), "tiny")
     (whole,) = v1.decode(page, max_tokens=30, ngram_guard=None)
@@ -220,6 +241,16 @@ def test_a_page_that_turns_in_circles_is_read_again_one_mode_higher(v1, monkeypa
     assert [attempt.reason for attempt in done.attempts] == ["loop", "loop", ""]
     assert done.finish_reason == "loop"
     assert len(done.token_ids) == EVERY
+
+
+def test_what_was_read_is_kept_where_a_larger_mode_cannot_be_read(v1, monkeypatch):
+    monkeypatch.setattr("optmem.engine.texts.turns_in_a_circle", lambda ids: len(ids) >= EVERY)
+    token = 2 * 4 * v1.model.config.decoder.layers * v1.model.config.decoder.hidden
+    small = Engine(v1.model, cache_bytes=200 * token)  # room for tiny's 74 tokens and not for base's
+    (done,) = small.ocr(pictures(1), "tiny", max_tokens=64, ngram_guard=None)
+    small.close()
+    assert (done.finish_reason, len(done.token_ids), done.error) == ("loop", EVERY, None)
+    assert [attempt.reason for attempt in done.attempts][-1] == "error"
 
 
 def test_the_ladder_of_modes_ends():
@@ -271,8 +302,11 @@ def test_an_iterator_that_fails_says_so(v1):
         yield from pictures(1)
         raise KeyError("no more")
 
+    found = []
     with pytest.raises(KeyError):
-        list(v1.ocr(failing(), "tiny", max_tokens=2))
+        found += v1.ocr(failing(), "tiny", max_tokens=2)
+    read = v1.ocr(failing(), "tiny", max_tokens=2)
+    assert next(read).text == v1.decode(v1.encode(pictures(1), "tiny"), max_tokens=2)[0].text  # what came before is read
     assert v1.decode(v1.encode(pictures(1), "tiny"), max_tokens=2)
 
 

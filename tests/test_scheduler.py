@@ -252,6 +252,38 @@ def test_who_fails_fails_alone(decoder):
             assert said([speeches[at]]) == said([plain[at]])
 
 
+class Broken:
+    """A draft that raises, or answers with no list."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def propose(self, ids):
+        return self.answer(ids)
+
+
+@pytest.mark.parametrize("answer", [lambda ids: ids[10**6], lambda _: None, lambda _: iter([1]), lambda _: ["x"]])
+def test_a_draft_that_fails_ends_its_own_text(decoder, answer):
+    plain, speeches = texts(decoder, 5, seed=8), texts(decoder, 5, seed=8)
+    run(engine(decoder), plain)
+    speeches[2].most, speeches[2].draft, speeches[2].stops = 9, Broken(answer), ()
+    requests = run(engine(decoder), speeches)
+    with pytest.raises(ModelError, match="a part of the engine failed"):
+        requests[2].wait()
+    assert [said([speeches[at]]) for at in (0, 1, 3, 4)] == [said([plain[at]]) for at in (0, 1, 3, 4)]
+
+
+def test_a_listener_that_fails_ends_its_own_text(decoder):
+    """What the others of its pass said is taken once."""
+    plain, speeches = texts(decoder, 6, seed=9), texts(decoder, 6, seed=9)
+    run(engine(decoder), plain)
+    speeches[5].listen = lambda _: 1 / 0
+    requests = run(engine(decoder), speeches)
+    with pytest.raises(ModelError, match="ZeroDivisionError"):
+        requests[5].wait()
+    assert said(speeches[:5]) == said(plain[:5])
+
+
 def test_a_prompt_of_nan_fails_alone(decoder):
     plain, speeches = texts(decoder, 6, seed=6), texts(decoder, 6, seed=6)
     run(engine(decoder), plain)

@@ -1,4 +1,4 @@
-"""The engine: pictures to vision tokens, vision tokens to text.  For nano; the scheduler that serves all families is to come."""
+"""The engine: pictures to vision tokens, vision tokens to text.  One loop reads for all who ask."""
 
 from optmem.engine.engine import Engine
 from optmem.engine.result import Attempt, Completion, Glanced, document_text

@@ -231,7 +231,7 @@ class Engine:
     def _started(self) -> Loop:
         """The loop, in its own thread; it ends when the engine is no longer referred to."""
         with self._lock:
-            if self._loop is None:
+            if self._loop is None or not self._loop.is_usable:
                 decoder = self.model.decoder
                 cache = make_cache(decoder, self.cache_bytes)
                 scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions, self.limits)
@@ -243,9 +243,9 @@ class Engine:
 
     def close(self) -> None:
         """Ends the loop; what is being read is given up."""
-        with self._lock:
-            if self._loop is not None:
-                self._loop.stop()
+        loop = self._loop
+        if loop is not None:
+            loop.stop()
 
     def _groups(self, tokens: VisionTokens | Iterable[VisionTokens | Sequence[VisionTokens]]) -> Iterator[list[VisionTokens]]:
         """Pages that are read together, checked, on the engine's device and in its type."""
@@ -284,7 +284,8 @@ class _Reads:
         return request
 
     def cancel(self, asked: Answer) -> None:
-        self.engine._started().cancel(asked)
+        if self.engine._loop is not None:
+            self.engine._loop.cancel(asked)
 
 
 def _watched(pages: Iterator[Completion], total: int | None) -> Iterator[Completion]:

@@ -10,18 +10,18 @@ the others go on.  Where the thread itself dies, every request that waits is tol
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from optmem.engine.draft import Said
 from optmem.engine.requests import Request
 from optmem.engine.runner import Runner
 from optmem.engine.scheduler import Scheduler, Work
 from optmem.engine.speech import Speech
-from optmem.errors import BackendError, ModelError, OptmemError
+from optmem.errors import BackendError, shown
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,17 @@ class Loop:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler, self.runner = scheduler, runner
         self.steps = 0
+        self.has_failed = False  # by a fault of ours
         self._of: dict[int, Request] = {}  # by id of a text that is not over
+        self._open: set[Request] = set()  # taken and not done
+        self._pid = os.getpid()
         self._inbox: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
         self._wake = threading.Condition()
         self._numbers = 0
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        self._why = "this engine is closed: make a new one"
 
     # --- from any thread ------------------------------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ class Loop:
         """Takes a request; those that came first are served first."""
         with self._wake:
             if self._is_stopping:
-                raise BackendError("this engine is closed: make a new one")
+                raise BackendError(self._why)
             request.number = self._numbers
             self._numbers += 1
             self._inbox.append(request)
@@ -73,7 +77,12 @@ class Loop:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        self._give_up(BackendError("the engine was closed before this was done"))
+        self._give_up("the engine was closed before this was done")
+
+    @property
+    def is_usable(self) -> bool:
+        """Not after a fault of its own, nor in a child of the process that it was made in, where its thread is not."""
+        return not self.has_failed and self._pid == os.getpid()
 
     # --- the loop's own -------------------------------------------------------------------------------------------------------
 
@@ -96,8 +105,9 @@ class Loop:
         except BaseException as error:  # a fault of ours: nobody may wait for ever
             log.exception("the engine's loop has failed")
             with self._wake:
-                self._is_stopping = True
-            self._give_up(BackendError(f"the engine's loop has failed: {type(error).__name__}"))
+                self._is_stopping, self.has_failed = True, True
+                self._why = f"the engine's loop has failed: {type(error).__name__}"
+            self._give_up(self._why)
 
     def _wait(self) -> bool:
         """Until there is something to do; whether to go on."""
@@ -107,11 +117,15 @@ class Loop:
             return not self._is_stopping
 
     def _take_inbox(self) -> None:
+        while True:
+            with self._wake:
+                if not self._inbox:
+                    break
+                request = self._inbox.popleft()
+                self._open.add(request)
+            self._guard(request, request.begin)
         with self._wake:
-            arrived, self._inbox = self._inbox, deque()
             cancelled, self._cancelled = self._cancelled, deque()
-        for request in arrived:
-            self._guard(request, lambda request=request: self._add(request, request.begin()))
         for request in cancelled:
             request.is_cancelled = True
             for speech in request.speeches:
@@ -124,49 +138,46 @@ class Loop:
             self._of[id(speech)] = request
             self.scheduler.add(speech)
         if not request.left:
-            request.finish()
+            self._finish(request)
 
-    def _guard(self, request: Request, act: object) -> None:
-        """Does it; a fault ends this request and no other."""
-        assert callable(act)
+    def _finish(self, request: Request, error: Exception | None = None) -> None:
+        self._open.discard(request)
+        request.finish(error)
+
+    def _guard(self, request: Request, ask: Callable[[], Sequence[Speech]]) -> None:
+        """Takes the texts that a request asks for; a fault of its own ends it and no other."""
         try:
-            act()
-        except Exception as error:  # whatever a request does wrong is its own
-            self._fail(request, _shown(error))
+            self._add(request, ask())
+        except Exception as error:
+            self._fail(request, shown(error))
 
     def _fail(self, request: Request, error: Exception) -> None:
         for speech in request.speeches:
             self.scheduler.end(speech, "error", error)
-        request.finish(error)
+        self._finish(request, error)
 
     def _work(self, works: Sequence[Work]) -> None:
+        """A pass; one that fails is undone and tried text by text.  What was said is settled once, whatever comes of it."""
         try:
-            self.scheduler.settle(works, self._checked(works, self.runner.run(works)))
+            said = self.runner.run(works)
         except Exception as error:
-            log.warning("a pass of %d texts failed and is tried again one by one: %s", len(works), error)
+            log.warning("a pass of %d texts failed and is tried again one by one: %s", len(works), type(error).__name__)
             self.scheduler.undo(works)
             for work in works:
                 self._work_alone(work)
+        else:
+            self.scheduler.settle(works, said)
 
     def _work_alone(self, work: Work) -> None:
         try:
-            self.scheduler.settle([work], self._checked([work], self.runner.run([work])))
+            said = self.runner.run([work])
         except Exception as error:
             self.scheduler.undo([work])
             failed = [work.speech] if work.speech is not None else self.scheduler.users_of(work.written)
             for speech in failed:
-                self.scheduler.end(speech, "error", _shown(error))
-
-    def _checked(self, works: Sequence[Work], said: Sequence[Said | None]) -> Sequence[Said | None]:
-        """A text whose logits hold NaN fails; the others of its pass are sound."""
-        for work, answer in zip(works, said, strict=True):
-            if answer is not None and min(answer.ids) < 0:
-                assert work.speech is not None
-                error = ModelError("the decoder said NaN: its weights or these vision tokens are damaged")
-                self.scheduler.end(work.speech, "error", error)
-        return [
-            None if work.speech is not None and work.speech.finish else answer for work, answer in zip(works, said, strict=True)
-        ]
+                self.scheduler.end(speech, "error", shown(error))
+        else:
+            self.scheduler.settle([work], said)
 
     def _collect(self) -> None:
         """Those that are over, to their requests, which may ask for more."""
@@ -176,24 +187,12 @@ class Loop:
                 request.left -= 1
                 request.error = request.error or speech.error
                 if request.left == 0 and not request.is_done:
-                    is_over = request.error is not None or request.is_cancelled or speech.finish == "cancelled"
-                    self._guard(request, lambda request=request, is_over=is_over: self._next(request, is_over))
+                    is_over = request.error is not None or request.is_cancelled or request.is_late
+                    self._guard(request, tuple if is_over else request.follow)
 
-    def _next(self, request: Request, is_over: bool) -> None:
-        self._add(request, () if is_over else request.follow())
-
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, reason: str) -> None:
         with self._wake:
-            waiting = [*self._inbox, *self._of.values()]
+            waiting = [*self._inbox, *self._open]
             self._inbox.clear()
         for request in waiting:
-            request.finish(error)
-
-
-def _shown(error: Exception) -> Exception:
-    """An error as users see it: ours as they are, those of others by their kind alone, for they name addresses."""
-    if isinstance(error, OptmemError):
-        return error
-    shown = ModelError(f"a pass of the model failed: {type(error).__name__}")
-    shown.__cause__ = error
-    return shown
+            request.finish(BackendError(reason))

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Literal, TypedDict
 
 from optmem.engine.draft import Draft
-from optmem.engine.sampling import GREEDY, Sampling
+from optmem.engine.sampling import GREEDY, Sampling, told
 from optmem.errors import InputError
 from optmem.images import is_whole
 from optmem.text.characters import MAX_ROWS
@@ -82,18 +82,18 @@ def options(
     temperature   0 is greedy; above, tokens are drawn, from the likeliest of mass top_p, the same ones for the same seed
     ngram_guard   what may not repeat; "auto" is what the family's public scripts use
     stop          texts that end an answer and are no part of it
-    timeout       seconds; what was read until then comes back, its finish_reason "cancelled"
+    timeout       seconds from the call, time in the queue counted; what was read until then comes back as "cancelled"
 
     Raises InputError for what cannot be.
     """
     if max_tokens is not None and not (is_whole(max_tokens) and max_tokens >= 1):
-        raise InputError(f"max_tokens must be a whole number of at least 1, or None, got {max_tokens!r}")
+        raise InputError(f"max_tokens must be a whole number of at least 1, or None, got {told(max_tokens)}")
     if timeout is not None and not (isinstance(timeout, int | float) and math.isfinite(timeout) and timeout > 0):
-        raise InputError(f"timeout must be seconds above 0, or None, got {timeout!r}")
+        raise InputError(f"timeout must be seconds above 0, or None, got {told(timeout)}")
     if draft is not None and not hasattr(draft, "propose") and draft not in DRAFTS:
-        raise InputError(f"draft must be {', '.join(map(repr, DRAFTS))}, None or an object that proposes, got {draft!r}")
+        raise InputError(f"draft must be {', '.join(map(repr, DRAFTS))}, None or an object that proposes, got {told(draft)}")
     if isinstance(ngram_guard, str) and ngram_guard != "auto":
-        raise InputError(f"ngram_guard must be an NgramGuard, 'auto' or None, got {ngram_guard!r}")
+        raise InputError(f"ngram_guard must be an NgramGuard, 'auto' or None, got {told(ngram_guard)}")
     guard = None if isinstance(ngram_guard, str) else ngram_guard
     return Options(
         _prompts(prompt),
@@ -112,14 +112,14 @@ def _prompts(prompt: str | Sequence[str] | None) -> tuple[str | None, ...]:
         return (prompt,)
     given = tuple(prompt) if isinstance(prompt, Sequence) else ()
     if not 1 <= len(given) <= MOST_PROMPTS or not all(isinstance(each, str) for each in given):
-        raise InputError(f"prompt must be a text, 1 to {MOST_PROMPTS} of them, or None, got {str(prompt)[:80]!r}")
+        raise InputError(f"prompt must be a text, 1 to {MOST_PROMPTS} of them, or None, got {_counted(prompt)}")
     return given
 
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     given = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (None,)
     if len(given) > MOST_STOPS or not all(isinstance(each, str) and 0 < len(each) <= LONGEST_STOP for each in given):
-        raise InputError(f"stop must be at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters, got {str(stop)[:80]!r}")
+        raise InputError(f"stop must be at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters, got {_counted(stop)}")
     return tuple(str(each) for each in given)
 
 
@@ -128,10 +128,15 @@ def _rows(rows: Iterable[int] | None) -> tuple[int, ...] | None:
     if rows is None:
         return None
     if not isinstance(rows, Iterable):
-        raise InputError(f"rows are an iterable of numbers, such as range(12, 15), or None, got {rows!r}")
+        raise InputError(f"rows are an iterable of numbers, such as range(12, 15), or None, got {told(rows)}")
     wanted = list(islice(rows, MAX_ROWS + 1))
     wrong = [row for row in wanted if not (is_whole(row) and 0 <= row < MAX_ROWS)]
     if wrong or len(wanted) > MAX_ROWS:
-        given = f"{wrong[0]!r}" if wrong else f"more than {MAX_ROWS} of them"
+        given = told(wrong[0]) if wrong else f"more than {MAX_ROWS} of them"
         raise InputError(f"rows are whole numbers from 0 to {MAX_ROWS - 1}, got {given}")
     return tuple(int(row) for row in wanted)
+
+
+def _counted(given: object) -> str:
+    """How many texts; their words are not for messages."""
+    return f"{len(given)} of them" if isinstance(given, list | tuple) else type(given).__name__

@@ -6,21 +6,23 @@ pictures ──> show, encode, ask ──> window ──> wait, read again if it
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from optmem.engine.modes import next_mode
 from optmem.engine.requests import Answer
 from optmem.engine.result import Attempt, Completion, failed
 from optmem.engine.vision_tokens import VisionTokens
-from optmem.errors import ModelError, OptmemError
+from optmem.errors import BackendError, OptmemError, shown
 from optmem.model.config import ModelConfig
 from optmem.pixels import Mode, Views
 
 WINDOW = 64  # pages that are encoded and not done
 AT_ONCE = 16  # pictures that are encoded together
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,64 +69,102 @@ class Pipeline:
         self.reader, self.config, self.retries = reader, config, retries
 
     def run(self, pictures: Iterator[object], mode: Mode | str | None) -> Iterator[Completion]:
-        """Their texts.  Closing the iterator gives up what is on its way."""
+        """Their texts.  Closing the iterator gives up what is on its way; what the pictures' own iterator raises comes last."""
         window: deque[_Page] = deque()
+        source = _Source(pictures)
         try:
             while True:
                 if len(window) <= WINDOW - AT_ONCE:
-                    window += self._begin([_Page(picture, mode) for picture in islice(pictures, AT_ONCE)])
+                    new = [_Page(picture, mode) for picture in source.take(AT_ONCE)]
+                    window += new
+                    self._begin(new)
                 if not window:
-                    return
+                    break
                 yield self._end(window[0])
                 window.popleft()
         finally:
             for page in window:
                 if page.request is not None and not page.request.is_done:
                     self.reader.cancel(page.request)
+        if source.error is not None:
+            raise source.error
 
-    def _begin(self, pages: list[_Page]) -> list[_Page]:
+    def _begin(self, pages: list[_Page]) -> None:
         """Encodes pictures and asks for their texts; one that cannot be read keeps its error."""
-        shown: list[tuple[_Page, Shown]] = []
+        views: list[tuple[_Page, Shown]] = []
         for page in pages:
-            try:
-                shown.append((page, self.reader.show(page.picture, page.mode)))
-            except OptmemError as error:
-                page.error = error
-        for (page, view), tokens in zip(shown, self._encoded([view for _, view in shown]), strict=True):
+            found = _tried(partial(self.reader.show, page.picture, page.mode))
+            if isinstance(found, OptmemError):
+                page.error = found
+            else:
+                views.append((page, found))
+        for (page, view), tokens in zip(views, self._encoded([view for _, view in views]), strict=True):
             page.shown_in = view.mode
-            try:
-                if isinstance(tokens, OptmemError):
-                    raise tokens
-                page.request = self.reader.ask(tokens)
-            except OptmemError as error:
-                page.error = error
-        return pages
+            asked = tokens if isinstance(tokens, OptmemError) else _tried(partial(self.reader.ask, tokens))
+            if isinstance(asked, OptmemError):
+                page.error = asked
+            else:
+                page.request = asked
 
-    def _encoded(self, shown: Sequence[Shown]) -> Sequence[VisionTokens | OptmemError]:
+    def _encoded(self, views: Sequence[Shown]) -> Sequence[VisionTokens | OptmemError]:
         """The vision tokens of pictures; where they fail together, each is tried alone."""
-        try:
-            return self.reader.encode(shown)
-        except (RuntimeError, MemoryError, OptmemError) as error:
-            if len(shown) > 1:
-                return [tokens for each in shown for tokens in self._encoded([each])]
-            failure = error if isinstance(error, OptmemError) else ModelError(f"encoding failed: {type(error).__name__}")
-            return [failure]
+        found = _tried(partial(self.reader.encode, views))
+        if isinstance(found, OptmemError):
+            return [found] if len(views) == 1 else [tokens for view in views for tokens in self._encoded([view])]
+        return found
 
     def _end(self, page: _Page) -> Completion:
-        """Waits for a page, and reads it again as long as it turns in circles."""
-        while True:
-            try:
-                if page.error is not None:
-                    raise page.error
-                assert page.request is not None
-                page.request.wait()
-                done = page.request.completion()
-            except OptmemError as error:
-                return failed(error, tuple(page.attempts))
+        """Waits for a page, and reads it again as long as it turns in circles; what was read is kept where that fails."""
+        done = self._wait(page)
+        while done.finish_reason == "loop" and len(page.attempts) < self.retries:
             assert page.shown_in is not None
-            larger = next_mode(self.config, page.shown_in) if done.finish_reason == "loop" else None
-            if larger is None or len(page.attempts) >= self.retries:
-                return replace(done, attempts=(*page.attempts, Attempt(page.shown_in.name, "")))
+            larger = next_mode(self.config, page.shown_in)
+            if larger is None:
+                break
             page.attempts.append(Attempt(page.shown_in.name, "loop"))
-            page.mode = larger
+            page.mode, page.request = larger, None
             self._begin([page])
+            again = self._wait(page)
+            if again.error is not None:
+                return replace(done, attempts=(*page.attempts, Attempt(larger.name, "error")))
+            done = again
+        name = page.shown_in.name if page.shown_in is not None else ""
+        return done if done.error is not None else replace(done, attempts=(*page.attempts, Attempt(name, "")))
+
+    def _wait(self, page: _Page) -> Completion:
+        if page.request is None:
+            assert page.error is not None
+            return failed(page.error)
+        request = page.request
+
+        def finished() -> Completion:
+            request.wait()
+            return request.completion()
+
+        found = _tried(finished)
+        return failed(found) if isinstance(found, OptmemError) else found
+
+
+class _Source:
+    """The pictures, a few at a time; what their iterator raises is kept for the end."""
+
+    def __init__(self, pictures: Iterator[object]) -> None:
+        self.pictures = pictures
+        self.error: Exception | None = None
+
+    def take(self, count: int) -> Iterator[object]:
+        """So many, or what is left."""
+        try:
+            yield from islice(self.pictures, count if self.error is None else 0)
+        except Exception as error:
+            self.error = error
+
+
+def _tried(act: Callable[[], T]) -> T | OptmemError:
+    """What it gives, or what is wrong with this page.  Where the engine itself is gone, all pages are."""
+    try:
+        return act()
+    except BackendError:
+        raise
+    except (OptmemError, RuntimeError, MemoryError) as error:
+        return shown(error)

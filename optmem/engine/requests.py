@@ -1,7 +1,7 @@
 """What is asked of the loop: one page of it is one request, made of one text or of many.
 
-A request makes texts, hears when one of them is over, may then ask for more, and is done when none is left.  Its methods but
-`wait` and `cancel` are the loop's: nobody else calls them.
+A request makes texts, may ask for more when all are over, and is done when none is left.  Its methods but `wait` are the loop's:
+nobody else calls them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Request(ABC):
     def follow(self) -> Sequence[Speech]:
         """More texts, when all are over; none where it is done."""
         return ()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a text of it was given up."""
+        return any(speech.finish == "cancelled" for speech in self.speeches)
 
     @property
     def is_done(self) -> bool:

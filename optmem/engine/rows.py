@@ -34,6 +34,7 @@ from optmem.model.nano import MAX_ROW, Row, count_rows, embed_prefix, longest_ro
 from optmem.ops import PAGE_UNIT
 from optmem.text.characters import END, EOL, CharacterTokenizer
 
+ROW_SEED = 1 << 40  # between the seeds of two rows
 BLOCK = 33  # rows that a whole page is asked for at once: those of the default form, and the one below them
 
 
@@ -85,7 +86,9 @@ class RowsRequest(Request):
         names = self.decoder.embed(torch.tensor([self.tokenizer.rows[number] for number in numbers], device=device))
         drafts = [None if draft is None else draft(number) for number in numbers]
         most, stops, sampling = self.asked.max_symbols + 1, self.stops, self.sampling
-        return [Speech(self.prefix, name[None], most, stops, sampling, one) for name, one in zip(names, drafts, strict=True)]
+        drawn = [replace(sampling, seed=sampling.seed + number * ROW_SEED) for number in numbers]  # rows do not draw alike
+        every = zip(names, drawn, drafts, strict=True)
+        return [Speech(self.prefix, name[None], most, stops, each, one) for name, each, one in every]
 
     def found(self) -> list[Row]:
         """The rows that were asked for; of a whole page up to the one below its text."""

@@ -29,6 +29,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def told(given: object) -> str:
+    """A number or a short word as it came, anything else by its type: objects name addresses."""
+    if isinstance(given, int | float | str) and len(str(given)) <= 40:
+        return repr(given)
+    return type(given).__name__
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """What a request asks of every pick."""
@@ -40,11 +47,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and 0 <= self.temperature <= HOTTEST):
-            raise InputError(f"temperature must be 0 to {HOTTEST:g}, got {self.temperature!r}")
+            raise InputError(f"temperature must be 0 to {HOTTEST:g}, got {told(self.temperature)}")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+            raise InputError(f"top_p must be above 0 and at most 1, got {told(self.top_p)}")
         if type(self.seed) is not int:
-            raise InputError(f"seed must be a whole number, got {self.seed!r}")
+            raise InputError(f"seed must be a whole number, got {told(self.seed)}")
         if self.guard is not None and not isinstance(self.guard, NgramGuard):
             raise InputError(f"ngram_guard must be an NgramGuard or None, got {type(self.guard).__name__}")
 

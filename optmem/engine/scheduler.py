@@ -21,7 +21,7 @@ from torch import Tensor
 from optmem.engine.draft import Said
 from optmem.engine.result import FinishReason
 from optmem.engine.speech import Prefix, Speech
-from optmem.errors import InputError
+from optmem.errors import InputError, ModelError, shown
 from optmem.model.cache import Cache
 from optmem.model.cache import Sequence as Written
 
@@ -62,8 +62,9 @@ class Work:
     @property
     def most_pages(self) -> int:
         """Pages of the cache that feeding it can take: with a copy of one that others hold."""
-        size = self.written.cache.page_size
-        return -(-(self.before + self.count) // size) - len(self.written.pages) + 1
+        cache, pages = self.written.cache, self.written.pages
+        copied = self.before % cache.page_size > 0 and cache.users[pages[-1]] > 1
+        return -(-(self.before + self.count) // cache.page_size) - len(pages) + copied
 
     @property
     def asked(self) -> int:
@@ -151,10 +152,17 @@ class Scheduler:
         return [speech for speech in everyone if speech.prefix.written is prefix]
 
     def settle(self, works: Sequence[Work], said: Sequence[Said | None]) -> None:
-        """What a pass said, to those who asked."""
+        """What a pass said, to those who asked; a text that cannot take it fails, and so does one whose logits hold NaN."""
         for work, answer in zip(works, said, strict=True):
-            if work.speech is not None and answer is not None:
+            if work.speech is None or answer is None or work.speech.finish is not None:
+                continue
+            try:
+                if min(answer.ids) < 0:
+                    raise ModelError("the decoder said NaN: its weights or these vision tokens are damaged")
                 work.speech.take(work.proposal, answer)
+            except Exception as error:
+                work.speech.finish = None
+                self.end(work.speech, "error", shown(error))
 
     def undo(self, works: Sequence[Work]) -> None:
         """Forgets what a pass that failed had made room for."""
@@ -212,9 +220,17 @@ class Scheduler:
         work = Work(speech.written, speech.own[first:end], speech.ids[max(first - own, 0) : max(end - own, 0)], speech)
         if end == own + len(speech.ids):
             work.asks = True
-            work.proposal = speech.propose(self.vocab_size, min(share, left - work.count))
+            work.proposal = self._proposal(speech, min(share, left - work.count))
             work.ids = [*work.ids, *speech.unended(work.proposal)]
         return work
+
+    def _proposal(self, speech: Speech, most: int) -> list[int]:
+        """What a draft says; one that fails ends its text and no other."""
+        try:
+            return speech.propose(self.vocab_size, most)
+        except Exception as error:
+            self.end(speech, "error", shown(error))
+            return []
 
     def _make_room(self, works: Sequence[Work], work: Work, speech: Speech) -> bool:
         """Whether there are pages for this as well; who is younger gives way."""

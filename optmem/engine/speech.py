@@ -3,7 +3,7 @@
     prefix                own          ids
     <bos> page newlines   <row_17>     c0 c1 c2 ..                   a row: all rows of a page share its prefix
     <bos> page newlines   \\nFree OCR.  w0 w1 w2 ..                   a prompt: several prompts on one page share its prefix
-    (none)                <bos> .. ..  w0 w1 w2 ..                   several pages in one prompt: nothing is shared
+    (none)                <bos> .. ..  w0 w1 w2 ..                   words before the page: nothing is shared
 
 What is written to the cache is always a beginning of that line.  So there is one rule for prompts, single tokens and texts that
 gave their memory back: feed what is not written yet, and behind the last known token there is a new one to be picked.
@@ -93,7 +93,7 @@ class Speech:
         most = min(most, self.most - len(self.ids) - 1)
         if self.draft is None or self.refused > self.accepted + PATIENCE or most < 1:
             return []
-        proposed = list(self.draft.propose(self.ids)[:most])
+        proposed = [int(token) for token in self.draft.propose(tuple(self.ids))[:most]]
         for at, token in enumerate(proposed):
             if token in self.stops:
                 return proposed[: at + 1]

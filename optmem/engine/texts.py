@@ -62,6 +62,7 @@ class Listener:
     end: int | None = None  # eos, which is no text
     _words: Detokenizer = field(init=False)
     _told: int = 0  # characters
+    _is_cut: bool = False  # before a stop: nothing may follow
 
     def __post_init__(self) -> None:
         self._words = Detokenizer(self.tokenizer)
@@ -75,14 +76,14 @@ class Listener:
         self.text += self._words.add(token)
         cut = self._stop(before)
         if cut is not None:
-            self.text = self.text[:cut]
+            self.text, self._is_cut = self.text[:cut], True
             return "stop"
         self._tell(len(self.text) - max(map(len, self.stops), default=1) + 1)
         return "loop" if len(self.ids) % EVERY == 0 and turns_in_a_circle(self.ids) else None
 
     def finish(self) -> str:
         """The whole text, now that no token follows."""
-        if not any(self.text.endswith(stop) for stop in self.stops):
+        if not self._is_cut:
             self.text += self._words.finish()
         self._tell(len(self.text))
         return self.text
