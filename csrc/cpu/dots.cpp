@@ -113,6 +113,60 @@ OPTMEM_BF16 void dots_bf16(const Bf16* weight, int64_t stride, int64_t in, const
   }
 }
 
+// Eight floats of a row; what lies behind its end is zero.
+OPTMEM_AVX2 OPTMEM_INLINE __m256 load_8(const float* from, int64_t count) {
+  if (count >= 8) return _mm256_loadu_ps(from);
+  float part[8] = {};
+  std::memcpy(part, from, static_cast<size_t>(count) * sizeof(float));
+  return _mm256_loadu_ps(part);
+}
+
+OPTMEM_AVX2 OPTMEM_INLINE __m256 load_8(const Bf16* from, int64_t count) {
+  __m128i bits;
+  if (count >= 8) {
+    bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  } else {
+    Bf16 part[8] = {};
+    std::memcpy(part, from, static_cast<size_t>(count) * sizeof(Bf16));
+    bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(part));
+  }
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+OPTMEM_AVX2 OPTMEM_INLINE float total_8(__m256 lanes) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// The compiler keeps the sums of the generic kernel in memory here: 7 GFLOP/s on two Zen 3 cores.  Four rows by three tokens are
+// twelve of the sixteen registers.
+template <typename T, int kRows, int kTokens>
+OPTMEM_AVX2 void dots_fma(const T* weight, int64_t stride, int64_t in, const T* const* tokens, float* sums) {
+  __m256 lanes[kRows][kTokens];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 6
+    for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm256_setzero_ps();
+  }
+  for (int64_t i = 0; i < in; i += 8) {
+    __m256 columns[kTokens];
+#pragma GCC unroll 6
+    for (int m = 0; m < kTokens; ++m) columns[m] = load_8(tokens[m] + i, in - i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 row = load_8(weight + r * stride + i, in - i);
+#pragma GCC unroll 6
+      for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm256_fmadd_ps(row, columns[m], lanes[r][m]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < kTokens; ++m) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sums[kDotRows * m + r] = total_8(lanes[r][m]);
+  }
+}
+
 // One struct for every tile, so that OPTMEM_VARIANTS can make its three functions.
 template <typename T, int kRows, int kTokens>
 struct Tile {
@@ -128,7 +182,7 @@ auto tile_dots() {
 
 template <typename T, int... kLess>
 DotKernel<T> generic_kernel(std::integer_sequence<int, kLess...>) {
-  // Sixteen registers of half the width hold the sums of no more than two tokens.
+  if (current_isa() == Isa::avx2) return {{dots_fma<T, kDotRows, kLess + 1>...}, {dots_fma<T, 1, kLess + 1>...}, 3};
   const int tokens = current_isa() == Isa::avx512 ? kDotTokens : 2;
   return {{tile_dots<Tile<T, kDotRows, kLess + 1>>()...}, {tile_dots<Tile<T, 1, kLess + 1>>()...}, tokens};
 }
