@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import click
 from PIL import Image
-from tqdm import tqdm
 
 from optmem import __version__, env, reading_commands
 from optmem.config import Alphabet, Cell, Kind, PageConfig, Style
@@ -22,18 +20,12 @@ from optmem.errors import OptmemError, OutputError, SourceNotFoundError
 from optmem.inputs import read_input
 from optmem.pages import Page, draw_pages, lay_out, read_source
 from optmem.pixels import MODES, PIXELS_PER_TOKEN, Mode
+from optmem.progress import watched
 from optmem.train import eval_command, synth_command, train_command
 
-T = TypeVar("T")
 PAGES_AT_ONCE = 64
 DEFAULTS = PageConfig()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-
-def progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """A bar on stderr when a person watches."""
-    bar: Iterable[T] = tqdm(items, total=total, desc=what, unit="page", file=sys.stderr, disable=not sys.stderr.isatty())
-    return bar
 
 
 def print_json(result: Any) -> None:
@@ -82,13 +74,13 @@ def save_pages(pages: list[Page], folder: Path, name: str) -> list[dict[str, Any
         folder.mkdir(parents=True, exist_ok=True)
         described = []
         batches = [pages[start : start + PAGES_AT_ONCE] for start in range(0, len(pages), PAGES_AT_ONCE)]
-        watched = iter(progress(range(len(pages)), len(pages), "drawing"))
+        drawn = watched(range(len(pages)), "drawing")
         for batch in batches:
             for page, pixels in zip(batch, draw_pages(batch), strict=True):
                 file = page_file(folder, name, page.style, page.index + 1)
                 Image.fromarray(pixels).save(file)
                 described.append(describe_page(page, file))
-                next(watched)
+                next(drawn)
         for style, count in Counter(page.style for page in pages).items():
             while (stale := page_file(folder, name, style, count + 1)).exists():
                 stale.unlink()  # the next page of a longer run of the same source before this one

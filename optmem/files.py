@@ -1,4 +1,4 @@
-"""Files that strangers wrote: opened without leaving their folder, and JSON read within limits and strictly."""
+"""Files that strangers wrote: opened without leaving their folder, JSON read within limits and strictly.  Folders to write to."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
-from optmem.errors import CheckpointError, SourceNotFoundError
+from optmem.errors import CheckpointError, OutputError, SourceNotFoundError
 
 
 def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
@@ -97,3 +98,13 @@ def _refuse_constant(constant: str) -> float:
 def _first_sentence(error: ValueError) -> str:
     """What went wrong, without the bytes it went wrong in."""
     return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).split(";")[0]
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder where it is missing.  Raises OutputError where nothing could be written to it, before the work of hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from optmem.engine import Completion, Engine, VisionTokens
 from optmem.engine.options import Asked
-from optmem.errors import InputError, OptmemError, OutputError
+from optmem.errors import InputError, OptmemError
+from optmem.files import check_writable
 from optmem.images import LoadedImage, load_images
+from optmem.progress import watched
 
 Command = Callable[..., None]
 
@@ -66,11 +66,8 @@ def encode(
     """Write the vision tokens of pictures, PDFs and folders of them, a file for each page."""
     engine = Engine.from_pretrained(model, device=device)
     written: list[dict[str, Any]] = []
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {output}: {error.strerror or error}") from None
-    for number, image in enumerate(_watched(load_images(sources, dpi=dpi), "encoding"), 1):
+    check_writable(output)
+    for number, image in enumerate(watched(load_images(sources, dpi=dpi), "encoding"), 1):
         (tokens,) = engine.encode(image, mode)
         file = output / f"{_file_name(image.name)}-{number:04}.safetensors"
         tokens.save(file, int8=int8)
@@ -145,7 +142,10 @@ def read_rows(rows: str) -> range:
     if found is None:
         raise InputError(f"rows are FIRST:END such as 12:15, or one number, got {rows!r}")
     first = int(found[1])
-    return range(first, int(found[2]) if found[2] else first + 1)
+    end = int(found[2]) if found[2] else first + 1
+    if end <= first:
+        raise InputError(f"rows are FIRST:END with END behind FIRST, got {rows!r}")
+    return range(first, end)
 
 
 def _print(results: Sequence[tuple[str, Completion]], as_json: bool) -> None:
@@ -174,8 +174,3 @@ def _described(name: str, done: Completion) -> dict[str, Any]:
 def _file_name(name: str) -> str:
     """A name that any file system takes."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100] or "page"
-
-
-def _watched(images: Iterator[LoadedImage], what: str) -> Iterator[LoadedImage]:
-    """A bar on stderr when a person watches."""
-    yield from tqdm(images, desc=what, unit="page", file=sys.stderr, disable=not sys.stderr.isatty())

@@ -200,6 +200,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_read(run, tmp
         ("ocr", "none.png"),
         ("encode", "none.png"),
         ("decode", "x", "--rows", "a"),
+        ("decode", "x", "--rows", "15:12"),
         ("ocr", "x", "--model", "none"),
     ],
 )

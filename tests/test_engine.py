@@ -206,6 +206,12 @@ def test_as_int8_they_take_half_the_room_and_are_off_by_half_a_step(tmp_path):
         ({"encoder": None}, "fingerprint, got NoneType"),
         ({"features": [[0.0]]}, "features, .*, got list"),
         ({"mode": "tiny"}, "features, .*, got str"),
+        ({"grid": None}, "a grid has"),
+        ({"grid": (2,)}, "a grid has"),
+        ({"grid": (-1, 1)}, "a grid has"),
+        ({"picture": 5}, "a picture has"),
+        ({"picture": (0, 5)}, "a picture has"),
+        ({"picture": (1.0, 5)}, "a picture has"),
     ],
 )
 def test_vision_tokens_are_what_their_mode_says(change, message):

@@ -394,6 +394,8 @@ def test_a_text_of_ones_own_is_measured(run, folder, tmp_path):
     assert said["calibration"]["decoder"]["is_held_out"] is False
     assert "1 characters" in err
     assert "漢" in err
+    assert "128:8x16:128 mine.txt " in err
+    assert [json.loads(line) for line in (tmp_path / "r" / "cells.jsonl").read_text().splitlines()] == said["cells"]
     assert json.loads((tmp_path / "r" / "fidelity.json").read_text()) == said
 
 

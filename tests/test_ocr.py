@@ -393,6 +393,18 @@ def test_what_cannot_be_asked_is_refused(v1, asked):
     assert v1.decode(page, max_tokens=2)
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(v1):
+    (page,) = v1.encode(pictures(1), "tiny")
+    with pytest.raises(InputError, match="fewer than 2048 tokens"):
+        v1.decode(page, prompt="a " * 3000)
+
+
+@pytest.mark.parametrize("retries", [None, -1, "x", 1.5])
+def test_retries_are_a_number(v1, retries):
+    with pytest.raises(InputError, match="retries"):
+        v1.ocr(pictures(1), "tiny", retries=retries)
+
+
 @pytest.mark.parametrize("guard", [(0, 5), (-1, 5), (3, 0), (2.0, 5)])
 def test_guards_that_make_no_sense_are_refused(guard):
     with pytest.raises(InputError):

@@ -35,7 +35,7 @@ class Said:
     probabilities: list[float]
 
     def part(self, start: int, end: int) -> Said:
-        """Those of one stream."""
+        """Those of one text."""
         return Said(self.ids[start:end], self.logprobs[start:end], self.probabilities[start:end])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,6 @@ from itertools import islice
 from typing import TypeVar, Unpack
 
 import torch
-from tqdm import tqdm
 
 from optmem.engine.checkpoint import (
     Temperatures,
@@ -34,13 +32,15 @@ from optmem.engine.requests import Answer, Request
 from optmem.engine.result import Completion, Glanced
 from optmem.engine.rows import PageRequest, RowsReader
 from optmem.engine.runner import Runner
+from optmem.engine.sampling import told
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import InputError
-from optmem.images import as_image
+from optmem.images import as_image, is_whole
 from optmem.model.model import Model
 from optmem.pixels import Mode, make_views
+from optmem.progress import watched
 
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
 T = TypeVar("T")
@@ -184,9 +184,11 @@ class Engine:
 
         A picture that cannot be read gives a Completion with its error, and the others go on.
         """
+        if not (is_whole(retries) and retries >= 0):
+            raise InputError(f"retries must be a whole number of at least 0, got {told(retries)}")
         pipeline = Pipeline(_Reads(self, self._options(asked, one="ocr")), self.model.config, retries=retries)
         total = len(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else None
-        return _watched(pipeline.run(_pictures(images), mode), total)
+        return watched(pipeline.run(_pictures(images), mode), "reading", total=total)
 
     def glance(self, tokens: VisionTokens | Iterable[VisionTokens], *, rows: Iterable[int] | None = None) -> list[Glanced]:
         """What a glance sees on every page: one pass, no decoder, a probability for every character.
@@ -286,14 +288,6 @@ class _Reads:
     def cancel(self, asked: Answer) -> None:
         if self.engine._loop is not None:
             self.engine._loop.cancel(asked)
-
-
-def _watched(pages: Iterator[Completion], total: int | None) -> Iterator[Completion]:
-    """With a bar on stderr, when a person watches."""
-    with tqdm(total=total, desc="reading", unit="page", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        for done in pages:
-            bar.update()
-            yield done
 
 
 def _left(parts: queue.SimpleQueue[str | None]) -> Iterator[str]:

@@ -147,8 +147,7 @@ class PageRequest(RowsRequest, Answer):
         """What was read."""
         side, most = self.page.mode.size, self.most
         done = complete(self.found(), self.tokenizer, vision_tokens=self.prefix.length, side=side, most=most)
-        is_cut = any(speech.finish == "cancelled" for speech in self.speeches)
-        return replace(done, finish_reason="cancelled") if is_cut else done
+        return replace(done, finish_reason="cancelled") if self.is_late else done
 
 
 class RowsReader:

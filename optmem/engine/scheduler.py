@@ -28,8 +28,8 @@ from optmem.model.cache import Sequence as Written
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one pass.  On two cores in bf16 a nano row's token takes 136 us among 128 rows, 240 among 33, and 4,150 alone; beyond 500
-    tokens a pass is no faster for one of them."""
+    """Of one pass.  On two cores of Zen 5 in bf16 a nano row's token takes 136 us among 128 rows, 240 among 33, and 4,150 alone;
+    beyond 500 tokens a pass is no faster for one of them."""
 
     texts: int = 128
     tokens: int = 1024

@@ -26,7 +26,7 @@ from optmem.text.parse import parse_output
 from optmem.text.prompts import IMAGE_MARK, TASKS, Prompt, default_guard, prompt_ids, task_prompt, text_prompt
 from optmem.text.tokenizer import Tokenizer
 
-DEFAULT_TASKS = {"deepseek-ocr": "document", "deepseek-ocr-2": "document", "unlimited-ocr": "document"}
+DEFAULT_TASK = "document"
 MOST_TOKENS = 4096  # of an answer, where nothing else is asked for
 LOOKED = 1024  # tokens: the longest stretch that is found to repeat
 REPEATED = 256  # tokens that must be a repetition,
@@ -35,12 +35,9 @@ EVERY = 32  # tokens between two looks
 
 
 def choose_prompt(family: str, prompt: str | None, num_pages: int) -> Prompt:
-    """A family's prompt for a task by its name, or a user's own words.
-
-    Raises InputError where the pages are several and the task is for one.
-    """
+    """A family's prompt for a task by its name, or a user's own words.  Raises InputError for what is neither."""
     if prompt is None:
-        prompt = "pages" if num_pages > 1 and "pages" in TASKS[family] else DEFAULT_TASKS[family]
+        prompt = "pages" if num_pages > 1 and "pages" in TASKS[family] else DEFAULT_TASK
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be a task ({', '.join(TASKS[family])}) or words, got {type(prompt).__name__}")
     if prompt not in TASKS[family]:
@@ -175,11 +172,18 @@ class Prompter:
         config = self.model.config
         most = options.max_tokens
         if most is None:
-            most = min(MOST_TOKENS, config.decoder.max_positions - prefix.length - own.shape[0])
+            most = self._room(prefix.length + own.shape[0])
         listener = Listener(self.tokenizer, options.stops, tell, end=config.eos_id)
         draft = Lookup() if options.draft == "ngrams" else None if isinstance(options.draft, str) else options.draft
         speech = Speech(prefix, own, most, (config.eos_id,), sampling, draft, listener)
         return PromptRequest(pages, speech, listener, options.deadline)
+
+    def _room(self, prompt: int) -> int:
+        """Tokens of an answer, where nothing else is asked for.  Raises InputError where a prompt leaves none."""
+        positions = self.model.config.decoder.max_positions
+        if prompt >= positions:
+            raise InputError(f"a prompt has fewer than {positions} tokens here, this one has {prompt}: show fewer or smaller pages")
+        return min(MOST_TOKENS, positions - prompt)
 
     def _embedded(self, pages: Sequence[VisionTokens], prompt: Prompt) -> tuple[Tensor, int]:
         """A prompt [T, hidden], and how much of it its words do not change: up to the end of the pages, if they stand first."""

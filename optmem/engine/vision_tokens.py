@@ -47,6 +47,8 @@ class VisionTokens:
         for kind, value in parts.items():
             if not isinstance(value, kind):
                 raise InputError(f"vision tokens need features, a mode and an encoder's fingerprint, got {type(value).__name__}")
+        if not (_is_pair(self.grid) and min(self.grid) >= 0):
+            raise InputError(f"a grid has a number of columns and one of rows, got {str(self.grid)[:80]}")
         wanted = self.mode.paper_tokens(self.grid)
         if self.features.dim() != 2 or self.features.shape[0] != wanted:
             columns, rows = self.grid
@@ -56,7 +58,7 @@ class VisionTokens:
             raise InputError(f"features must be dense bfloat16, float16 or float32, got {self.features.dtype}")
         if not _FINGERPRINT.fullmatch(self.encoder):
             raise InputError(f"an encoder's fingerprint is 32 hexadecimal digits, got {self.encoder[:80]!r}")
-        if self.picture is not None and not (len(self.picture) == 2 and all(type(n) is int and n > 0 for n in self.picture)):
+        if self.picture is not None and not (_is_pair(self.picture) and min(self.picture) > 0):
             raise InputError(f"a picture has a width and a height of at least one pixel, got {str(self.picture)[:80]}")
 
     @property
@@ -138,6 +140,10 @@ class VisionTokens:
             if is_int8:
                 features *= _read_scales(descriptor, header.tensors[SCALES], entry, source.name, device)[:, None]
         return cls(features, mode, grid, encoder, picture)
+
+
+def _is_pair(given: object) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and all(type(number) is int for number in given)
 
 
 def _as_int8(features: Tensor) -> dict[str, Tensor]:

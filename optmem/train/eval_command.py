@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import click
 import torch
-from tqdm import tqdm
 
 from optmem.config import check_choice
 from optmem.engine.checkpoint import find_checkpoint, load_model
+from optmem.errors import OutputError
+from optmem.files import check_writable
 from optmem.inputs import Given, read_input
-from optmem.train.evaluate import EVERY_FORM, Part, Plan, evaluate
+from optmem.progress import watched
+from optmem.train.evaluate import EVERY_FORM, Plan, evaluate
 from optmem.train.evaluate_pages import parse_form, unspoken
 from optmem.train.evaluate_reading import Nano
 from optmem.train.evaluate_report import save, table
-from optmem.train.fidelity import check_writable
+from optmem.train.fidelity import Cell
 from optmem.train.kinds import PageKind
 from optmem.train.synth import Form
 from optmem.train.synth_command import CORPUS, collected
 
 DEFAULTS = Plan()
+CELLS = "cells.jsonl"  # as they are measured: what a run that is stopped has found
 _SHOWN = 20  # characters named in a note
 
 
@@ -80,7 +85,7 @@ def eval_command(
     check_writable(output)
     _say_escapes(given, plan.forms)
     text = collected(corpus, "held-out") if plan.kinds else None
-    found = evaluate(loaded, plan, text, watch=_bar)
+    found = evaluate(loaded, plan, text, watch=partial(watched, what="reading", unit="cell"), tell=_teller(output / CELLS))
     files = save(found, output)
     if as_json:
         click.echo(json.dumps(found.summary(), indent=2))
@@ -109,7 +114,18 @@ def _say_escapes(given: Sequence[Given], forms: Sequence[Form]) -> None:
             click.echo(f"{note}; they are read as escapes: {shown}", err=True)
 
 
-def _bar(parts: Sequence[Part]) -> Iterable[Part]:
-    """A bar on stderr when a person watches."""
-    bar: Iterable[Part] = tqdm(parts, desc="reading", unit="cell", file=sys.stderr, disable=not sys.stderr.isatty())
-    return bar
+def _teller(file: Path) -> Callable[[Cell], None]:
+    """Writes every cell to a file of its own as soon as it is measured, and says its score where no bar is seen."""
+    file.unlink(missing_ok=True)
+
+    def tell(cell: Cell) -> None:
+        try:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(asdict(cell)) + "\n")
+        except OSError as error:
+            raise OutputError(f"cannot write to {file.parent}: {error.strerror or error}") from None
+        if not sys.stderr.isatty():
+            score = "-" if cell.score is None else f"{cell.score:.4f}"
+            click.echo(f"{cell.size}:{cell.cell}:{cell.side} {cell.kind} {score}", err=True)
+
+    return tell

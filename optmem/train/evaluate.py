@@ -154,14 +154,20 @@ def evaluate(
     *,
     reader: Reader = read_drafted,
     watch: Callable[[Sequence[Part]], Iterable[Part]] = iter,
+    tell: Callable[[Cell], None] | None = None,
 ) -> Fidelity:
     """Measures every cell of the plan's table, then the controls on its first.
 
     corpus   held-out text; not needed where the plan has texts alone
     watch    goes through the parts, for a progress bar
+    tell     is given every cell as soon as it is measured
     """
     nano, evidence, parts = Nano.of(model), Evidence(), plan.parts()
-    cells = tuple(_measure(nano, plan, part, corpus, reader, evidence) for part in watch(parts))
+    cells: list[Cell] = []
+    for part in watch(parts):
+        cells.append(_measure(nano, plan, part, corpus, reader, evidence))
+        if tell is not None:
+            tell(cells[-1])
     checks, baselines = _controls(nano, plan, parts[0], corpus, reader)
     found = corpus.fingerprint if corpus is not None and plan.kinds else None
     return Fidelity(
@@ -170,7 +176,7 @@ def evaluate(
         plan.seed,
         plan.pages,
         plan.rows,
-        cells,
+        tuple(cells),
         tuple(checks),
         tuple(baselines),
         evidence.summary(),

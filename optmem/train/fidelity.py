@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from optmem.engine.checkpoint import FIDELITY
@@ -156,13 +155,3 @@ def write(file: Path, content: str) -> None:
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Makes a folder where it is missing.  Raises OutputError where nothing could be written to it, before the work of hours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from None
