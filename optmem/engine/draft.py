@@ -34,14 +34,13 @@ class Said:
     logprobs: list[float]
     probabilities: list[float]
 
-    def part(self, start: int, end: int) -> Said:
-        """Those of one text."""
-        return Said(self.ids[start:end], self.logprobs[start:end], self.probabilities[start:end])
 
-
-def accept(proposed: Sequence[int], said: Sequence[int]) -> int:
-    """How many proposed tokens, from the first on, are those that the decoder says."""
-    return next((at for at, (guess, token) in enumerate(zip(proposed, said, strict=False)) if guess != token), len(proposed))
+def accept(proposed: Sequence[int], said: Sequence[int], first: int = 0) -> int:
+    """How many proposed tokens are those that the decoder says from its `first` on."""
+    for at, guess in enumerate(proposed):
+        if first + at >= len(said) or guess != said[first + at]:
+            return at
+    return len(proposed)
 
 
 @dataclass(frozen=True, slots=True)

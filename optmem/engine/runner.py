@@ -24,28 +24,27 @@ class Runner:
         self.decoder, self.cache, self.temperature = decoder, cache, temperature
 
     @torch.inference_mode()
-    def run(self, works: Sequence[Work]) -> list[Said | None]:
-        """What each work is told: nothing for a prefix or a part of a prompt."""
+    def run(self, works: Sequence[Work]) -> Said:
+        """What those works are told that ask, one behind the other, `work.asked` tokens each."""
         batch = self.cache.batch([work.written for work in works], [work.count for work in works])
         hidden = self.decoder(self._embeddings(works), batch, self.cache)
-        picks, rows, end = list[Pick](), list[int](), 0
+        rows, end = list[int](), 0
         for work in works:
             end += work.count
             rows += range(end - work.asked, end)
-            picks += _picks(work)
-        if not picks:
-            return [None] * len(works)
-        at = torch.tensor(rows, device=hidden.device)
-        return _dealt(works, pick(self.decoder.logits(hidden[at]), picks, confidence_temperature=self.temperature))
+        if not rows:
+            return Said([], [], [])
+        asked = hidden if len(rows) == end else hidden[torch.tensor(rows, device=hidden.device)]
+        return pick(self.decoder.logits(asked), _picks(works), confidence_temperature=self.temperature)
 
     def _embeddings(self, works: Sequence[Work]) -> Tensor:
         """[T, hidden]: words from the table in one call, vectors of prompts in their places."""
         ids: list[int] = []
         placed: list[tuple[int, Tensor]] = []
         for work in works:
-            if work.vectors.shape[0]:
+            if work.vectors is not None:
                 placed.append((len(ids), work.vectors))
-            ids += [0] * work.vectors.shape[0]
+                ids += [0] * work.vectors.shape[0]
             ids += work.ids
         embedded = self.decoder.embed(torch.tensor(ids, device=self.cache.keys.device))
         for first, vectors in placed:
@@ -53,18 +52,5 @@ class Runner:
         return embedded
 
 
-def _picks(work: Work) -> list[Pick]:
-    if work.speech is None:
-        return []
-    said = work.speech.ids
-    return [Pick(work.speech.sampling, said, work.proposal[:behind]) for behind in range(work.asked)]
-
-
-def _dealt(works: Sequence[Work], said: Said) -> list[Said | None]:
-    """The part of each."""
-    parts: list[Said | None] = []
-    end = 0
-    for work in works:
-        start, end = end, end + work.asked
-        parts.append(said.part(start, end) if work.asked else None)
-    return parts
+def _picks(works: Sequence[Work]) -> list[Pick]:
+    return [Pick(work.speech.sampling, work.speech.ids, work.proposal, work.asked) for work in works if work.speech and work.asked]

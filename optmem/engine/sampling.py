@@ -55,26 +55,36 @@ class Sampling:
         if self.guard is not None and not isinstance(self.guard, NgramGuard):
             raise InputError(f"ngram_guard must be an NgramGuard or None, got {type(self.guard).__name__}")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is picked, whatever was said before."""
+        return self.temperature == 0 and self.guard is None
+
 
 GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """One row of logits to pick from."""
+    """Some rows of logits to pick from, one behind the other: of one text."""
 
     sampling: Sampling
-    said: Sequence[int]  # before this token,
-    proposed: Sequence[int] = ()  # and behind that
+    said: Sequence[int]  # before the first of them,
+    proposed: Sequence[int] = ()  # and behind that, one more before each
+    count: int = 1
 
-    @property
-    def place(self) -> int:
-        """The number of the token that is picked."""
-        return len(self.said) + len(self.proposed)
+    def places(self) -> range:
+        """The numbers of the tokens that are picked."""
+        return range(len(self.said), len(self.said) + self.count)
 
-    def last(self, count: int) -> list[int]:
-        """So many tokens before it."""
-        return [*self.said[-count:], *self.proposed][-count:]
+    def histories(self) -> list[list[int]]:
+        """What the guard looks at, before each token."""
+        window = self.sampling.guard.window if self.sampling.guard else 0
+        if window == 0:
+            return [[]] * self.count
+        known = [*self.said[-window:], *self.proposed]
+        ends = range(len(known) - len(self.proposed), len(known) - len(self.proposed) + self.count)
+        return [known[max(end - window, 0) : end] for end in ends]
 
 
 def chances(seeds: Sequence[int], places: Sequence[int]) -> NDArray[np.float64]:
@@ -99,31 +109,39 @@ def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float
 
     A row that holds NaN gives id -1.
     """
-    guards = [each.sampling.guard for each in picks]
-    most_guard = max((guard.size for guard in guards if guard), default=0)
+    arguments = (_plain if all(each.sampling.is_plain for each in picks) else _arguments)(picks, logits.shape[0])
+    most_guard = max((each.sampling.guard.size for each in picks if each.sampling.guard), default=0)
     is_sampled = any(each.sampling.temperature > 0 for each in picks)
-    ids, logprobs = ops.pick_token(logits, *_arguments(picks, guards, logits.device), most_guard=most_guard, is_sampled=is_sampled)
+    placed = [argument.to(logits.device) for argument in arguments]
+    ids, logprobs = ops.pick_token(logits, *placed, most_guard=most_guard, is_sampled=is_sampled)
     confidence = logprobs
     if confidence_temperature != 1:
         confidence = (logits / confidence_temperature).log_softmax(-1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
     return Said(ids.tolist(), logprobs.tolist(), confidence.exp().tolist())
 
 
-def _arguments(picks: Sequence[Pick], guards: Sequence[NgramGuard | None], device: torch.device) -> list[Tensor]:
+def _plain(picks: Sequence[Pick], rows: int) -> list[Tensor]:  # noqa: ARG001 - as _arguments
+    """What pick_token wants to know of rows that ask for nothing."""
+    nothing, zeros = torch.empty((rows, 0), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    numbers = torch.zeros(rows)
+    return [nothing, zeros, zeros, nothing, numbers, torch.ones(rows), numbers.double()]
+
+
+def _arguments(picks: Sequence[Pick], rows: int) -> list[Tensor]:
     """What pick_token wants to know of every row, in its order."""
-    histories = [each.last(guard.window) if guard else [] for each, guard in zip(picks, guards, strict=True)]
-    settings = [each.sampling for each in picks]
-    places = chances([setting.seed for setting in settings], [each.place for each in picks])
-    arguments = [
-        _padded(histories),
+    settings = [each.sampling for each in picks for _ in range(each.count)]
+    assert len(settings) == rows, "rows of logits and picks differ in number"
+    guards = [setting.guard for setting in settings]
+    drawn = chances([setting.seed for setting in settings], [place for each in picks for place in each.places()])
+    return [
+        _padded([history for each in picks for history in each.histories()]),
         torch.tensor([guard.size if guard else 0 for guard in guards]),
         torch.tensor([guard.window if guard else 0 for guard in guards]),
         _padded([sorted(guard.whitelist) if guard else [] for guard in guards]),
         torch.tensor([setting.temperature for setting in settings], dtype=torch.float32),
         torch.tensor([setting.top_p for setting in settings], dtype=torch.float32),
-        torch.from_numpy(places),
+        torch.from_numpy(drawn),
     ]
-    return [argument.to(device) for argument in arguments]
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -44,20 +44,17 @@ class Work:
     """What a pass feeds of one text, or of a prefix."""
 
     written: Written
-    vectors: Tensor  # [n, hidden]  of a prompt
+    vectors: Tensor | None  # [n, hidden]  of a prompt
     ids: Sequence[int] = ()  # behind them: said before, then proposed
     speech: Speech | None = None  # None: a prefix
-    proposal: list[int] = field(default_factory=list)  # what the draft says; its last token is not fed where it ends the text
-    asks: bool = False  # whether all that is known is fed, so that a token is picked
+    proposal: Sequence[int] = ()  # what the draft says; its last token is not fed where it ends the text
+    asked: int = 0  # tokens picked: one behind everything known, and one behind every proposed token that is fed
     before: int = field(init=False)  # tokens of it in the cache
+    count: int = field(init=False)  # tokens fed
 
     def __post_init__(self) -> None:
         self.before = self.written.length
-
-    @property
-    def count(self) -> int:
-        """Tokens fed."""
-        return self.vectors.shape[0] + len(self.ids)
+        self.count = len(self.ids) if self.vectors is None else self.vectors.shape[0] + len(self.ids)
 
     @property
     def most_pages(self) -> int:
@@ -65,13 +62,6 @@ class Work:
         cache, pages = self.written.cache, self.written.pages
         copied = self.before % cache.page_size > 0 and cache.users[pages[-1]] > 1
         return -(-(self.before + self.count) // cache.page_size) - len(pages) + copied
-
-    @property
-    def asked(self) -> int:
-        """Tokens picked: one behind everything known, and one behind every proposed token that is fed."""
-        if not self.asks or self.speech is None:
-            return 0
-        return 1 + len(self.speech.unended(self.proposal))
 
 
 class Scheduler:
@@ -151,15 +141,18 @@ class Scheduler:
         everyone = (*self.running, *(entry[2] for entry in self._waiting))
         return [speech for speech in everyone if speech.prefix.written is prefix]
 
-    def settle(self, works: Sequence[Work], said: Sequence[Said | None]) -> None:
+    def settle(self, works: Sequence[Work], said: Said) -> None:
         """What a pass said, to those who asked; a text that cannot take it fails, and so does one whose logits hold NaN."""
-        for work, answer in zip(works, said, strict=True):
-            if work.speech is None or answer is None or work.speech.finish is not None:
+        is_sound = not said.ids or min(said.ids) >= 0
+        end = 0
+        for work in works:
+            first, end = end, end + work.asked
+            if work.speech is None or not work.asked or work.speech.finish is not None:
                 continue
             try:
-                if min(answer.ids) < 0:
+                if not is_sound and min(said.ids[first:end]) < 0:
                     raise ModelError("the decoder said NaN: its weights or these vision tokens are damaged")
-                work.speech.take(work.proposal, answer)
+                work.speech.take(work.proposal, said, first, end)
             except Exception as error:
                 work.speech.finish = None
                 self.end(work.speech, "error", shown(error))
@@ -194,11 +187,13 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Texts begin while there is a place, and memory for more than the next step of those that run."""
+        before = len(self.running)
         while self._waiting and len(self.running) < self.limits.texts:
             if self.running and self.cache.num_free <= len(self.running):
                 break
             self.running.append(heapq.heappop(self._waiting)[2])
-        self.running.sort(key=lambda speech: speech.order)
+        if len(self.running) > before:
+            self.running.sort(key=lambda speech: speech.order)
 
     def _may_begin(self, speech: Speech, works: Sequence[Work]) -> bool:
         """Whether a text that has nothing in the cache can go on in this pass: not while somebody else writes its prefix."""
@@ -215,14 +210,15 @@ class Scheduler:
         if speech.written is None:
             shared = prefix.written
             speech.written = self.cache.new_sequence(speech.prompt) if shared is None else shared.fork(speech.prompt)
-        first, own = speech.written.length - prefix.length, speech.own.shape[0]
-        end = min(own + len(speech.ids), first + left)
-        work = Work(speech.written, speech.own[first:end], speech.ids[max(first - own, 0) : max(end - own, 0)], speech)
-        if end == own + len(speech.ids):
-            work.asks = True
-            work.proposal = self._proposal(speech, min(share, left - work.count))
-            work.ids = [*work.ids, *speech.unended(work.proposal)]
-        return work
+        written, known = speech.written.length, speech.known
+        end = min(known, written + left)
+        ids = speech.ids[max(written - speech.prompt, 0) : max(end - speech.prompt, 0)]
+        vectors = speech.own[written - prefix.length : end - prefix.length] if written < speech.prompt else None
+        if end < known:
+            return Work(speech.written, vectors, ids, speech)
+        proposal = self._proposal(speech, min(share, left - (end - written)))
+        fed = speech.unended(proposal)
+        return Work(speech.written, vectors, ids + fed, speech, proposal, 1 + len(fed))
 
     def _proposal(self, speech: Speech, most: int) -> list[int]:
         """What a draft says; one that fails ends its text and no other."""

@@ -31,11 +31,10 @@ class Prefix:
     embeddings: Tensor  # [P, hidden]
     written: Written | None = None
     users: int = 0  # texts that are not over
+    length: int = field(init=False)  # tokens
 
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return self.embeddings.shape[0]
+    def __post_init__(self) -> None:
+        self.length = self.embeddings.shape[0]
 
     @property
     def is_whole(self) -> bool:
@@ -72,11 +71,10 @@ class Speech:
     passes: int = 0
     accepted: int = 0  # proposed tokens that the decoder said too
     refused: int = 0
+    prompt: int = field(init=False)  # tokens known before the first is said
 
-    @property
-    def prompt(self) -> int:
-        """Tokens known before the first is said."""
-        return self.prefix.length + self.own.shape[0]
+    def __post_init__(self) -> None:
+        self.prompt = self.prefix.length + self.own.shape[0]
 
     @property
     def known(self) -> int:
@@ -90,8 +88,10 @@ class Speech:
 
     def propose(self, vocab_size: int, most: int) -> list[int]:
         """What the draft says: `most` tokens, up to what ends the text, with room left for one of the decoder's own."""
+        if self.draft is None or self.refused > self.accepted + PATIENCE:
+            return []
         most = min(most, self.most - len(self.ids) - 1)
-        if self.draft is None or self.refused > self.accepted + PATIENCE or most < 1:
+        if most < 1:
             return []
         proposed = [int(token) for token in self.draft.propose(tuple(self.ids))[:most]]
         for at, token in enumerate(proposed):
@@ -105,27 +105,26 @@ class Speech:
         """What has to be fed of a proposal: nothing stands behind what ends a text."""
         return proposed[:-1] if proposed and proposed[-1] in self.stops else proposed
 
-    def take(self, proposed: Sequence[int], said: Said) -> None:
-        """What the decoder says to this proposal; what was written of the refused part is forgotten again."""
-        agreed = accept(proposed, said.ids)
-        self.passes, self.accepted, self.refused = self.passes + 1, self.accepted + agreed, self.refused + len(proposed) - agreed
-        # Of a proposal that ends the text and is right, there is no token of the decoder's own behind it.
-        for at in range(min(agreed + 1, len(said.ids))):
-            self.ids.append(said.ids[at])
+    def take(self, proposed: Sequence[int], said: Said, first: int, end: int) -> None:
+        """What the decoder says to this proposal, from its `first` on; what was written of the refused part is forgotten again."""
+        self.passes += 1
+        if proposed:
+            agreed = accept(proposed, said.ids, first)
+            self.accepted, self.refused = self.accepted + agreed, self.refused + len(proposed) - agreed
+            end = min(first + agreed + 1, end)  # a proposal that ends the text and is right has no token behind it
+        for at in range(first, end):
+            token = said.ids[at]
+            self.ids.append(token)
             self.logprobs.append(said.logprobs[at])
             self.probabilities.append(said.probabilities[at])
-            self.finish = self._reason()
-            if self.finish is not None:
-                break
-        if self.finish is None and self.written is not None:
+            heard = None if self.listen is None else self.listen(token)
+            if token in self.stops:
+                heard = "stop"
+            if heard is not None or len(self.ids) >= self.most:
+                self.finish = heard or "length"
+                return
+        if proposed and self.written is not None:
             self.written.truncate(self.known - 1)
-
-    def _reason(self) -> FinishReason | None:
-        """Why the text is over, behind its last token."""
-        heard = None if self.listen is None else self.listen(self.ids[-1])
-        if self.is_ended:
-            return "stop"
-        return heard or ("length" if len(self.ids) >= self.most else None)
 
     def rest(self) -> None:
         """Gives its memory back; what was said stays, and is fed again when it goes on."""

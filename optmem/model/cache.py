@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +98,9 @@ class Sequence:
             self.cache.copy(shared, self.pages[-1])
             self.cache.give_back([shared])
         self.length += count
-        self.pages += self.cache.take(-(-self.length // size) - len(self.pages))
+        missing = -(-self.length // size) - len(self.pages)
+        if missing:
+            self.pages += self.cache.take(missing)
         return first, self.length
 
     def truncate(self, length: int) -> None:
@@ -217,17 +219,19 @@ class Cache:
 
     def batch(self, sequences: Several[Sequence], counts: Several[int]) -> Batch:
         """Appends so many tokens to every sequence and says where they go.  Changes nothing where there is no room for all."""
-        spans = self.append(sequences, counts)
-        device, widest = self.keys.device, max(len(sequence.pages) for sequence in sequences)
-        table = torch.tensor([sequence.pages + [-1] * (widest - len(sequence.pages)) for sequence in sequences])
-        positions = torch.cat([torch.arange(first, end) for first, end in spans])
-        rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        slots = table[rows, positions // self.page_size] * self.page_size + positions % self.page_size
-        starts = torch.tensor([0, *accumulate(counts)])
-        lengths = torch.tensor([sequence.length for sequence in sequences])
-        prompts = torch.tensor([sequence.prompt for sequence in sequences])
-        positions, slots, starts, lengths, prompts = (t.to(device) for t in (positions, slots, starts, lengths, prompts))
-        return Batch(positions, slots, starts, lengths, prompts, table.to(device, torch.int32))
+        self.append(sequences, counts)
+        table = np.full((len(sequences), max(len(sequence.pages) for sequence in sequences)), GONE, dtype=np.int32)
+        for row, sequence in zip(table, sequences, strict=True):
+            row[: len(sequence.pages)] = sequence.pages
+        lengths = np.array([sequence.length for sequence in sequences])
+        starts = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=starts[1:])
+        rows = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(len(rows)) + (lengths - starts[1:])[rows]
+        slots = table[rows, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
+        prompts = np.array([sequence.prompt for sequence in sequences])
+        arrays = (positions, slots, starts, lengths, prompts, table)
+        return Batch(*(torch.from_numpy(array).to(self.keys.device) for array in arrays))
 
     def append(self, sequences: Several[Sequence], counts: Several[int]) -> list[tuple[int, int]]:
         """Makes room for the next tokens of every sequence and says which they are, first and end.
@@ -243,15 +247,18 @@ class Cache:
                 raise InputError(f"a batch takes sequences of its own cache, but number {at} is of another")
         if len(set(sequences)) < len(sequences):
             raise InputError(f"a batch takes a sequence once, but of its {len(sequences)} only {len(set(sequences))} differ")
-        self._check_room(*self._room(sequences, counts))
-        for sequence in sequences:
-            sequence.forget_unseen()
+        most = sum(counts) // self.page_size + 2 * len(counts)  # pages: a part of one and a copy of one for each
+        if most > len(self.free):
+            self._check_room(*self._room(sequences, counts))
+        if self.window is not None:
+            for sequence in sequences:
+                sequence.forget_unseen()
         return [sequence.extend(count) for sequence, count in zip(sequences, counts, strict=True)]
 
     def _room(self, sequences: Several[Sequence], counts: Several[int]) -> tuple[int, int]:
         """The pages that a batch needs, and those that will be free when it has given back what it no longer sees."""
         size = self.page_size
-        passed = Counter(page for sequence in sequences for page in sequence.passed())
+        passed = Counter(page for sequence in sequences if self.window is not None for page in sequence.passed())
         freed = sum(users == self.users[page] for page, users in passed.items())
         new = sum(-(-(each.length + count) // size) - len(each.pages) for each, count in zip(sequences, counts, strict=True))
         # All who write to a page but one take a copy of it; that one too, where somebody else keeps the page.

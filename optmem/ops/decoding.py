@@ -45,10 +45,12 @@ def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> 
     -> [T, out]
     """
     check_float("linear_rows", "x", x, 2)
-    check(weight.dim() == 2, f"linear_rows: weight must be [out, {x.shape[1]}], got {list(weight.shape)}")
+    if weight.dim() != 2:
+        raise InputError(f"linear_rows: weight must be [out, {x.shape[1]}], got {list(weight.shape)}")
     check_like("linear_rows", x, {"weight": (weight, [weight.shape[0], x.shape[1]])})
     dtype = dtype or x.dtype
-    check(dtype in (x.dtype, torch.float32), f"linear_rows: dtype must be {x.dtype} or torch.float32, got {dtype}")
+    if dtype not in (x.dtype, torch.float32):
+        raise InputError(f"linear_rows: dtype must be {x.dtype} or torch.float32, got {dtype}")
     rows: Tensor = torch.ops.optmem.linear_rows(x, weight, dtype)
     return rows
 
