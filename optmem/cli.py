@@ -18,9 +18,9 @@ from optmem.demo_report import write_report
 from optmem.engine import Engine
 from optmem.errors import OptmemError, OutputError, SourceNotFoundError
 from optmem.inputs import read_input
+from optmem.items import watched
 from optmem.pages import Page, draw_pages, lay_out, read_source
 from optmem.pixels import MODES, PIXELS_PER_TOKEN, Mode
-from optmem.progress import watched
 from optmem.train import eval_command, synth_command, train_command
 
 PAGES_AT_ONCE = 64

@@ -15,9 +15,10 @@ from optmem.engine.options import Asked
 from optmem.errors import InputError, OptmemError
 from optmem.files import check_writable
 from optmem.images import LoadedImage, load_images
-from optmem.progress import watched
+from optmem.items import in_parts, watched
 
 Command = Callable[..., None]
+AT_ONCE = 16  # pictures that are encoded together
 
 
 def register(cli: click.Group) -> None:
@@ -63,17 +64,40 @@ def _asked(command: Command) -> Command:
 def encode(
     sources: Sequence[str], output: Path, int8: bool, mode: str | None, dpi: float, model: str, device: str, as_json: bool
 ) -> None:
-    """Write the vision tokens of pictures, PDFs and folders of them, a file for each page."""
+    """Write the vision tokens of pictures, PDFs and folders of them, a file for each page.  One that cannot be read is named at the
+    end; the others are written."""
     engine = Engine.from_pretrained(model, device=device)
     written: list[dict[str, Any]] = []
+    failed: list[tuple[str, Exception]] = []
     check_writable(output)
-    for number, image in enumerate(watched(load_images(sources, dpi=dpi), "encoding"), 1):
-        (tokens,) = engine.encode(image, mode)
-        file = output / f"{_file_name(image.name)}-{number:04}.safetensors"
+    images = load_images(sources, dpi=dpi, on_error="yield")
+    for number, (name, tokens) in enumerate(watched(_encoded(engine, images, mode), "encoding"), 1):
+        if isinstance(tokens, OptmemError):
+            failed.append((name, tokens))
+            continue
+        file = output / f"{_file_name(name)}-{number:04}.safetensors"
         tokens.save(file, int8=int8)
-        written.append({"file": str(file), "source": image.name, "mode": tokens.mode.name, "tokens": tokens.features.shape[0]})
+        written.append({"file": str(file), "source": name, "mode": tokens.mode.name, "tokens": tokens.features.shape[0]})
     count = sum(each["tokens"] for each in written)
-    click.echo(json.dumps(written, indent=2) if as_json else f"{len(written)} pages, {count:,} vision tokens in {output}")
+    if as_json:
+        click.echo(json.dumps(written, indent=2))
+    elif written:
+        click.echo(f"{len(written)} page{'s' * (len(written) != 1)}, {count:,} vision tokens in {output}")
+    _raise_last(failed)
+
+
+def _encoded(engine: Engine, images: Iterator[LoadedImage], mode: str | None) -> Iterator[tuple[str, VisionTokens | OptmemError]]:
+    """The vision tokens of pictures, or what is wrong with them; where some fail together, each is tried alone."""
+    for some in in_parts(images, AT_ONCE):
+        names = [image.name for image in some]
+        try:
+            yield from zip(names, engine.encode(some, mode), strict=True)
+        except OptmemError:
+            for image in some:
+                try:
+                    yield image.name, engine.encode(image, mode)[0]
+                except OptmemError as error:
+                    yield image.name, error
 
 
 @click.command()
@@ -85,7 +109,7 @@ def decode(
 ) -> None:
     """Read files of vision tokens, as `optmem encode` writes them."""
     engine = Engine.from_pretrained(model, device=device)
-    done = engine.decode((VisionTokens.load(file) for file in files), **_wanted(rows, prompt, max_tokens))
+    done = engine.decode((VisionTokens.load(file) for file in watched(files, "reading")), **_wanted(rows, prompt, max_tokens))
     _print([(str(file), each) for file, each in zip(files, done, strict=True)], as_json)
 
 
@@ -125,10 +149,14 @@ def ocr(
             failed.append((names[number], done.error))
     if as_json:
         click.echo(json.dumps(listed, indent=2))
-    if failed:
-        for name, error in failed[:-1]:
-            click.echo(f"optmem: {name}: {error}", err=True)
-        name, last = failed[-1]
+    _raise_last(failed)
+
+
+def _raise_last(failed: Sequence[tuple[str, Exception]]) -> None:
+    """Names what could not be read; the last of it decides the exit code."""
+    for name, error in failed[:-1]:
+        click.echo(f"optmem: {name}: {error}", err=True)
+    for name, last in failed[-1:]:
         raise last if isinstance(last, OptmemError) else InputError(f"{name}: {last}")
 
 

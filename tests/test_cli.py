@@ -191,6 +191,10 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_read(run, tmp
     code, out, err = run("ocr", "pages")
     assert (code, out) == (65, "still here\n")
     assert "a-bad.png" in err
+    code, out, err = run("encode", "pages", "-o", "tokens")
+    assert (code, out) == (65, "1 page, 16 vision tokens in tokens\n")
+    assert "a-bad.png" in err
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

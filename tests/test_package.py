@@ -13,7 +13,7 @@ import optmem
 ROOT = Path(optmem.__file__).parent
 # Each layer may import from itself and from those before it (shared design: Layers).
 LAYERS = [
-    {"errors", "config", "files", "machine", "native", "progress", "reference", "blockwise", "ops", "env", "interpreter"},
+    {"errors", "config", "files", "machine", "native", "items", "reference", "blockwise", "ops", "env", "interpreter"},
     {"text", "pages"},  # side by side: the vocabulary of our own model is the symbols of pages
     {"images", "pixels", "inputs"},
     {"model"},

@@ -6,11 +6,11 @@ import os
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
-from typing import TypeVar, Unpack
+from functools import cached_property, partial
+from typing import Unpack
 
 import torch
 
@@ -28,7 +28,7 @@ from optmem.engine.loop import Loop
 from optmem.engine.modes import choose_mode
 from optmem.engine.options import Asked, Options, options
 from optmem.engine.pipeline import Pipeline, Shown
-from optmem.engine.requests import Answer, Request
+from optmem.engine.requests import Answer
 from optmem.engine.result import Completion, Glanced
 from optmem.engine.rows import PageRequest, RowsReader
 from optmem.engine.runner import Runner
@@ -38,12 +38,11 @@ from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import InputError
 from optmem.images import as_image, is_whole
+from optmem.items import in_parts, mapped, watched
 from optmem.model.model import Model
 from optmem.pixels import Mode, make_views
-from optmem.progress import watched
 
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
-T = TypeVar("T")
 
 
 class Engine:
@@ -109,8 +108,9 @@ class Engine:
         Raises ImageError for what cannot be read, InputError for a mode that the model does not have.
         """
         encoded: list[VisionTokens] = []
-        for some in _parts(_pictures(images)):
-            encoded += self._encode([self._show(picture, mode) for picture in some])
+        shown = mapped(partial(self._show, mode=mode), _pictures(images), ahead=PAGES_AT_ONCE)
+        for some in in_parts(shown, PAGES_AT_ONCE):
+            encoded += self._encode(some)
         return encoded
 
     def _encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
@@ -119,7 +119,7 @@ class Engine:
         return [VisionTokens(tokens, each.mode, each.views.grid, encoder, each.picture) for tokens, each in found]
 
     def _show(self, picture: object, mode: Mode | str | None) -> Shown:
-        """A picture in its mode; the picture itself, which may be a hundred times as large, is not held."""
+        """A picture in its mode, from any thread; the picture itself, which may be a hundred times as large, is not held."""
         pixels = as_image(picture)
         height, width = pixels.shape[:2]
         chosen = choose_mode(self.model.config, mode, height, width)
@@ -138,12 +138,8 @@ class Engine:
         Raises InputError for tokens of another encoder, what cannot be asked, and what this model does not have.
         """
         wanted = self._options(asked)
-        done: list[Completion] = []
-        for some in _parts(self._groups(tokens)):
-            requests = [request for pages in some for request in self._reader.requests(pages, wanted)]
-            self._run(requests)
-            done += [request.completion() for request in requests]
-        return done
+        requests = (request for pages in self._groups(tokens) for request in self._reader.requests(pages, wanted))
+        return [request.completion() for request in self._done(requests)]
 
     def stream(self, tokens: VisionTokens | Sequence[VisionTokens], **asked: Unpack[Asked]) -> Iterator[str]:
         """The text of a page, or of pages that are read together, as it is said: the parts joined are the whole.
@@ -217,18 +213,23 @@ class Engine:
             raise InputError(f"{one} has one prompt: decode takes several")
         return wanted
 
-    def _run(self, requests: Sequence[Request]) -> None:
-        """Until all are done.  Raises what failed first; what then is not done is given up."""
+    def _done(self, requests: Iterable[Answer]) -> Iterator[Answer]:
+        """Requests as they are done, in their order, PAGES_AT_ONCE on their way.  Raises what fails first; the rest is given up."""
         loop = self._started()
+        waiting: deque[Answer] = deque()
         try:
             for request in requests:
                 loop.submit(request)
-            for request in requests:
-                request.wait()
-        except BaseException:
-            for request in requests:
+                waiting.append(request)
+                if len(waiting) >= PAGES_AT_ONCE:
+                    waiting[0].wait()
+                    yield waiting.popleft()
+            while waiting:
+                waiting[0].wait()
+                yield waiting.popleft()
+        finally:
+            for request in waiting:
                 loop.cancel(request)
-            raise
 
     def _started(self) -> Loop:
         """The loop, in its own thread; it ends when the engine is no longer referred to."""
@@ -305,10 +306,3 @@ def _pictures(images: object) -> Iterator[object]:
         yield images
     else:
         yield from images
-
-
-def _parts(items: Iterable[T]) -> Iterator[list[T]]:
-    """Lists of PAGES_AT_ONCE."""
-    rest = iter(items)
-    while some := list(islice(rest, PAGES_AT_ONCE)):
-        yield some

@@ -1,6 +1,7 @@
 """`ocr`: pictures at one end, their texts at the other, in order; encoding and reading at the same time, in bounded memory.
 
-pictures ──> show, encode, ask ──> window ──> wait, read again if it turned in circles ──> texts
+pictures ──> show ──> encode, ask ──> window ──> wait, read again if it turned in circles ──> texts
+           in threads
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from optmem.engine.requests import Answer
 from optmem.engine.result import Attempt, Completion, failed
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import BackendError, OptmemError, shown
+from optmem.items import mapped
 from optmem.model.config import ModelConfig
 from optmem.pixels import Mode, Views
 
-WINDOW = 64  # pages that are encoded and not done
-AT_ONCE = 16  # pictures that are encoded together
+WINDOW = 64  # pictures that are taken and not done
+AT_ONCE = 16  # that are encoded together, or shown ahead of that
 T = TypeVar("T")
 
 
@@ -55,11 +57,19 @@ class _Page:
     """A picture on its way."""
 
     picture: object
-    mode: Mode | str | None
-    shown_in: Mode | None = None
-    request: Answer | None = None
+    shown: Shown | None
     error: OptmemError | None = None
+    request: Answer | None = None
     attempts: list[Attempt] = field(default_factory=list)
+    mode: Mode | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mode = None if self.shown is None else self.shown.mode
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing of it is to be waited for."""
+        return self.request is None or self.request.is_done
 
 
 class Pipeline:
@@ -72,16 +82,18 @@ class Pipeline:
         """Their texts.  Closing the iterator gives up what is on its way; what the pictures' own iterator raises comes last."""
         window: deque[_Page] = deque()
         source = _Source(pictures)
+        pages = mapped(partial(self._page, mode=mode), source.take(), ahead=AT_ONCE)
+        taken, is_over = 0, False
         try:
-            while True:
-                if len(window) <= WINDOW - AT_ONCE:
-                    new = [_Page(picture, mode) for picture in source.take(AT_ONCE)]
+            while window or not is_over:
+                if len(window) + AT_ONCE <= WINDOW - AT_ONCE:
+                    new = list(islice(pages, min(AT_ONCE, max(1, taken))))  # the first picture waits for no second one
+                    taken, is_over = taken + len(new), not new
                     window += new
                     self._begin(new)
-                if not window:
-                    break
-                yield self._end(window[0])
-                window.popleft()
+                while window and (is_over or window[0].is_ready or len(window) + AT_ONCE > WINDOW - AT_ONCE):
+                    yield self._end(window[0])
+                    window.popleft()
         finally:
             for page in window:
                 if page.request is not None and not page.request.is_done:
@@ -89,17 +101,17 @@ class Pipeline:
         if source.error is not None:
             raise source.error
 
+    def _page(self, picture: object, mode: Mode | str | None) -> _Page:
+        """A picture as the encoder is given it, or what is wrong with it."""
+        found = _tried(partial(self.reader.show, picture, mode))
+        return _Page(picture, None, found) if isinstance(found, OptmemError) else _Page(picture, found)
+
     def _begin(self, pages: list[_Page]) -> None:
         """Encodes pictures and asks for their texts; one that cannot be read keeps its error."""
-        views: list[tuple[_Page, Shown]] = []
-        for page in pages:
-            found = _tried(partial(self.reader.show, page.picture, page.mode))
-            if isinstance(found, OptmemError):
-                page.error = found
-            else:
-                views.append((page, found))
-        for (page, view), tokens in zip(views, self._encoded([view for _, view in views]), strict=True):
-            page.shown_in = view.mode
+        sound = [page for page in pages if page.shown is not None]
+        encoded = self._encoded([page.shown for page in sound if page.shown is not None])
+        for page, tokens in zip(sound, encoded, strict=True):
+            page.shown = None  # its pixels
             asked = tokens if isinstance(tokens, OptmemError) else _tried(partial(self.reader.ask, tokens))
             if isinstance(asked, OptmemError):
                 page.error = asked
@@ -117,18 +129,19 @@ class Pipeline:
         """Waits for a page, and reads it again as long as it turns in circles; what was read is kept where that fails."""
         done = self._wait(page)
         while done.finish_reason == "loop" and len(page.attempts) < self.retries:
-            assert page.shown_in is not None
-            larger = next_mode(self.config, page.shown_in)
+            assert page.mode is not None
+            larger = next_mode(self.config, page.mode)
             if larger is None:
                 break
-            page.attempts.append(Attempt(page.shown_in.name, "loop"))
-            page.mode, page.request = larger, None
+            page.attempts.append(Attempt(page.mode.name, "loop"))
+            shown = self._page(page.picture, larger)
+            page.shown, page.error, page.mode, page.request = shown.shown, shown.error, larger, None
             self._begin([page])
             again = self._wait(page)
             if again.error is not None:
                 return replace(done, attempts=(*page.attempts, Attempt(larger.name, "error")))
             done = again
-        name = page.shown_in.name if page.shown_in is not None else ""
+        name = page.mode.name if page.mode is not None else ""
         return done if done.error is not None else replace(done, attempts=(*page.attempts, Attempt(name, "")))
 
     def _wait(self, page: _Page) -> Completion:
@@ -146,16 +159,16 @@ class Pipeline:
 
 
 class _Source:
-    """The pictures, a few at a time; what their iterator raises is kept for the end."""
+    """The pictures; what their iterator raises is kept for the end."""
 
     def __init__(self, pictures: Iterator[object]) -> None:
         self.pictures = pictures
         self.error: Exception | None = None
 
-    def take(self, count: int) -> Iterator[object]:
-        """So many, or what is left."""
+    def take(self) -> Iterator[object]:
+        """One after the other."""
         try:
-            yield from islice(self.pictures, count if self.error is None else 0)
+            yield from self.pictures
         except Exception as error:
             self.error = error
 

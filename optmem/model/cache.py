@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optmem.errors import InputError
@@ -57,10 +58,17 @@ class Sequence:
     prompt: int = 0  # tokens, those still to come counted: known before the first is written, whatever the chunks
     length: int = 0  # tokens written
     pages: list[int] = field(default_factory=list)  # GONE where no later token sees the page
+    _row: NDArray[np.int32] | None = field(default=None, init=False, repr=False)  # the pages as a table has them
 
     def __post_init__(self) -> None:
         if self.prompt < 0:
             raise InputError(f"a prompt has 0 tokens or more, got {self.prompt}")
+
+    def row(self) -> NDArray[np.int32]:
+        """The pages, as a table has them: they change once in page_size tokens, and are asked for with every one."""
+        if self._row is None:
+            self._row = np.array(self.pages, dtype=np.int32)
+        return self._row
 
     def append(self, count: int) -> tuple[int, int]:
         """Makes room for the next tokens and says which they are, first and end.  Changes nothing where there is no room."""
@@ -88,6 +96,7 @@ class Sequence:
         unseen = self.unseen()
         self.cache.give_back(self.passed())
         self.pages[unseen.start : unseen.stop] = [GONE] * len(unseen)
+        self._row = None
 
     def extend(self, count: int) -> tuple[int, int]:
         """What append does once there is room."""
@@ -97,10 +106,12 @@ class Sequence:
             self.pages += self.cache.take(1)
             self.cache.copy(shared, self.pages[-1])
             self.cache.give_back([shared])
+            self._row = None
         self.length += count
         missing = -(-self.length // size) - len(self.pages)
         if missing:
             self.pages += self.cache.take(missing)
+            self._row = None
         return first, self.length
 
     def truncate(self, length: int) -> None:
@@ -116,10 +127,11 @@ class Sequence:
             if most < length < least:
                 allowed = f"{most} or fewer, or {least} or more, for what lies between was given back"
                 raise InputError(f"a sequence of {self.length} tokens cannot be cut to {length}: it can to {allowed}")
-        kept = -(-length // size)
-        self.cache.give_back(self.pages[kept:])
-        del self.pages[kept:]
-        self.length = length
+        self.length, kept = length, -(-length // size)
+        if kept < len(self.pages):
+            self.cache.give_back(self.pages[kept:])
+            del self.pages[kept:]
+            self._row = None
 
     def fork(self, prompt: int | None = None) -> Sequence:
         """A sequence that begins with this one's tokens and goes its own way; its prompt may be longer than this one's."""
@@ -222,7 +234,7 @@ class Cache:
         self.append(sequences, counts)
         table = np.full((len(sequences), max(len(sequence.pages) for sequence in sequences)), GONE, dtype=np.int32)
         for row, sequence in zip(table, sequences, strict=True):
-            row[: len(sequence.pages)] = sequence.pages
+            row[: len(sequence.pages)] = sequence.row()
         lengths = np.array([sequence.length for sequence in sequences])
         starts = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
@@ -278,6 +290,7 @@ class Cache:
             held, unseen = _held(sequence.pages), sequence.unseen()
             assert len(sequence.pages) == -(-sequence.length // self.page_size), "a sequence has not the pages it needs"
             assert len(set(held)) == len(held), "a sequence has a page twice"
+            assert sequence.row().tolist() == sequence.pages, "a sequence's row is not of its pages"
             assert all(GONE <= page < len(self.users) for page in sequence.pages), "a sequence has a page that does not exist"
             assert all(at in unseen for at, page in enumerate(sequence.pages) if page == GONE), "a page that is seen was given back"
             assert all(sequence.pages[at] == GONE for at in sequence.gone()), "pages that were given back are not neighbours"

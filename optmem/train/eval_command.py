@@ -18,7 +18,7 @@ from optmem.engine.checkpoint import find_checkpoint, load_model
 from optmem.errors import OutputError
 from optmem.files import check_writable
 from optmem.inputs import Given, read_input
-from optmem.progress import watched
+from optmem.items import watched
 from optmem.train.evaluate import EVERY_FORM, Plan, evaluate
 from optmem.train.evaluate_pages import parse_form, unspoken
 from optmem.train.evaluate_reading import Nano
