@@ -27,9 +27,11 @@ _MARKS = {symbols.LINE_END: "⏎", symbols.TEXT_END: "█", symbols.TAB: "⇥", 
 _INVERSE = frozenset(symbols.inverse(symbols.PRINTABLE_ASCII))
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
-.page { display: flex; gap: 1.5rem; align-items: flex-start; margin: 0 0 2rem; overflow-x: auto }
-.page img { width: 512px; image-rendering: pixelated; border: 1px solid #bbb; flex: none }
-pre { font: 12px/16px monospace; margin: 0; border: 1px solid #ddd; padding: .25rem }
+.page { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1.5rem; align-items: start; margin: 0 0 2rem }
+.page img { width: 100%; box-sizing: border-box; border: 1px solid #bbb }
+.rows { container-type: inline-size; border: 1px solid #ddd; overflow: hidden }
+pre { font: min(14px, calc(100cqw / var(--columns) / .62))/1.33 monospace; margin: .25em }
+@media (max-width: 900px) { .page { grid-template-columns: minmax(0, 1fr) } }
 i { font-style: normal; color: #fff; background: #222 } u { color: #00c; text-decoration: underline wavy #c00 }
 s { color: #999; background: #fdd } b { font-weight: normal; color: #999 } h2 { margin: 2rem 0 .5rem }
 """
@@ -50,7 +52,9 @@ def _source(result: ReadBack) -> Iterator[str]:
     facts = escape(result.describe()).replace("\n", "<br>")
     yield f"<h2>{escape(result.name)}</h2><p>{facts}</p>"
     for page, drawn, done in zip(result.pages, result.drawn, result.read, strict=True):
-        yield f'<div class="page">{_picture(page)}<pre>{_plain(drawn)}</pre><pre>{_read(drawn, done)}</pre></div>'
+        columns = max(map(len, (*drawn, *done.row_symbols)), default=1) + 1
+        texts = "".join(f'<div class="rows"><pre>{text}</pre></div>' for text in (_plain(drawn), _read(drawn, done)))
+        yield f'<div class="page" style="--columns:{columns}">{_picture(page)}{texts}</div>'
 
 
 def _picture(page: Page) -> str:

@@ -62,7 +62,7 @@ def test_items_are_not_held_once_they_are_given():
             yield thing
             del thing
 
-    for given, _ in enumerate(mapped(lambda thing: None, things(), ahead=0)):
+    for given, _ in enumerate(mapped(id, things(), ahead=0)):
         gc.collect()
         assert sum(ref() is not None for ref in alive) <= 1, given
 

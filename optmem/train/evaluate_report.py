@@ -160,12 +160,16 @@ def _up_to(series: dict[str, list[Point]]) -> Axis:
 
 
 def _by_ratio(found: Fidelity) -> str:
-    """Of the size of page that is there in most forms: a larger page has more to say at any ratio, and is another curve."""
-    sizes = Counter(tier.size for tier in found.tiers())
+    """Of the size of page that is there in most forms, shown at that size: a larger page has more to say at any ratio, and is
+    another curve, and so is a lower tier (`_decay`)."""
+    own = [cell for cell in found.cells if cell.side == cell.size]
+    if not own:
+        return ""
+    sizes = Counter(cell.size for cell in own)
     size = max(sizes, key=lambda each: sizes[each])
-    series = _series([cell for cell in found.cells if cell.size == size], lambda cell: cell.quarter_ratio)
+    series = _series([cell for cell in own if cell.size == size], lambda cell: cell.quarter_ratio)
     x = Axis("characters / 4 for each vision token", nice_ticks(0, max(x for points in series.values() for x, _ in points)))
-    return line_chart(f"Fidelity by compression: pages of {size} px, all densities and tiers", series, x, _up_to(series))
+    return line_chart(f"Fidelity by compression: pages of {size} px, all densities", series, x, _up_to(series))
 
 
 def _decay(found: Fidelity, cell: str) -> str:
