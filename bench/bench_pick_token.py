@@ -1,21 +1,24 @@
-"""pick_token against what public scripts do: the guard as a Python loop over every sequence, then argmax and log-probability.
+"""pick_token against its reference in torch and what public scripts do: the guard as a Python loop over every sequence, then torch.
 
     pytest bench/bench_pick_token.py --benchmark-enable --benchmark-group-by=group
 
-Greedy, as the family reads, and drawn.  Half of the histories loop, so that the guard has work.  Without a GPU the widest batch has
-fewer rows: a pass over 1,024 rows of logits moves half a gigabyte.
+Greedy, as the family reads, drawn, and with a confidence that has a temperature of its own.  Half of the histories loop, so that
+the guard has work.  Without a GPU the widest batch has fewer rows: a pass over 1,024 rows of logits moves half a gigabyte.
+
+On a busy machine: OMP_NUM_THREADS=1 and --benchmark-timer=time.thread_time, which counts what this thread does and nothing else.
 """
 
 import pytest
 import torch
 
-from optmem import ops
+from optmem import ops, reference
 from optmem.testing import assert_equal, generator
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 129280
 WIDEST = 1024 if DEVICE.type == "cuda" else 256
 ALLOWED = (128821, 128822)
+SIDES = ("optmem", "reference", "loop")  # optmem is C++ on a CPU, where it is built
 GUARDS = {"no guard": (0, 0), "guard 20/50": (20, 50), "guard 35/1024": (35, 1024)}
 
 
@@ -49,12 +52,18 @@ def by_loop(logits, said, size, window):
     return scores
 
 
-def likeliest(logits, said, size, window, *_):
+def likelihoods(logits, ids, confidence):
+    """Of the ids [N]: log-probabilities, and probabilities at the temperature of confidence."""
+    plain = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    return plain, plain.exp() if confidence == 1 else (logits / confidence).softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+def likeliest(logits, said, size, window, confidence, *_):
     ids = by_loop(logits, said, size, window).argmax(-1)
-    return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    return ids, *likelihoods(logits, ids, confidence)
 
 
-def drawn(logits, said, size, window, temperature, top_p, chance):
+def drawn(logits, said, size, window, confidence, temperature, top_p, chance):
     """The usual nucleus: sort, softmax and running sums in fp32."""
     scores, order = by_loop(logits, said, size, window).sort(descending=True)
     probabilities = (scores / temperature[:, None]).softmax(-1)
@@ -62,35 +71,41 @@ def drawn(logits, said, size, window, temperature, top_p, chance):
     kept = probabilities.masked_fill(before >= top_p[:, None], 0)
     ends = kept.cumsum(-1)
     place = (ends <= chance.float()[:, None] * ends[:, -1:]).sum(-1, keepdim=True).clamp(max=VOCAB - 1)
-    ids = order.gather(1, place)
-    return ids[:, 0], logits.log_softmax(-1).gather(1, ids)[:, 0]
+    ids = order.gather(1, place)[:, 0]
+    return ids, *likelihoods(logits, ids, confidence)
 
 
-def make_run(side, rows, guard, temperature):
+def make_run(side, rows, guard, temperature, confidence):
     inputs, said = make_inputs(rows, guard, temperature)
-    if side == "optmem":
-        return lambda: ops.pick_token(*inputs, most_guard=GUARDS[guard][0], is_sampled=temperature > 0)
+    if side != "loop":
+        operator = ops.pick_token if side == "optmem" else reference.pick_token
+        flags = {"most_guard": GUARDS[guard][0], "is_sampled": temperature > 0, "confidence_temperature": confidence}
+        return lambda: operator(*inputs, **flags)
     logits, *_, heat, top_p, chance = inputs
     peer = drawn if temperature else likeliest
-    return lambda: peer(logits, said, *GUARDS[guard], heat, top_p, chance)
+    return lambda: peer(logits, said, *GUARDS[guard], confidence, heat, top_p, chance)
 
 
-def check(rows, guard, temperature):
-    """Both sides, before the clock starts; greedy they are equal, drawn a sum in fp32 may fall on an edge's other side."""
-    (ids, logprobs), (their_ids, their_logprobs) = (make_run(side, rows, guard, temperature)() for side in ("optmem", "loop"))
-    if temperature:
-        assert (ids == their_ids).float().mean() >= 0.9
-    else:
-        assert_equal(ids, their_ids)
-        assert_equal(logprobs, their_logprobs)
+def check(rows, guard, temperature, confidence):
+    """All sides, before the clock starts; greedy they are equal, drawn the loop's sum in fp32 may fall on an edge's other side."""
+    (ids, *ours), (same_ids, *same), (their_ids, *theirs) = (
+        make_run(side, rows, guard, temperature, confidence)() for side in SIDES
+    )
+    assert_equal(ids, same_ids)
+    assert (ids == their_ids).float().mean() >= (0.9 if temperature else 1.0)
+    agree = ids == their_ids
+    for our, own, their in zip(ours, same, theirs, strict=True):
+        assert torch.allclose(our, own, rtol=1e-6, atol=1e-5)
+        assert torch.allclose(our[agree], their[agree], rtol=1e-6, atol=1e-5)
+    logprobs = ours[0]
     loops = logprobs[::2] > -1e-3  # a looping row's next token is all but certain, where nothing bans it
     assert loops.all() if guard == "no guard" else not loops.any()
 
 
-def timed(benchmark, side, rows, guard, temperature):
-    check(2 if benchmark.disabled else min(rows, 16), guard, temperature)
-    run = make_run(side, 2 if benchmark.disabled else rows, guard, temperature)
-    benchmark.group = f"{'drawn' if temperature else 'greedy'}, {rows} rows of {VOCAB:,}, {guard}"
+def timed(benchmark, side, rows, guard, temperature, confidence=1.0):
+    check(2 if benchmark.disabled else min(rows, 16), guard, temperature, confidence)
+    run = make_run(side, 2 if benchmark.disabled else rows, guard, temperature, confidence)
+    benchmark.group = f"{'drawn' if temperature else 'greedy'}, {rows} rows of {VOCAB:,}, {guard}, confidence at {confidence:g}"
     benchmark.extra_info.update(bytes=rows * VOCAB * 4, device=str(DEVICE))
     benchmark.pedantic(synchronised, args=(run,), rounds=5 if rows > 64 else 10, warmup_rounds=1)
 
@@ -101,14 +116,20 @@ def synchronised(run):
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("side", ["optmem", "loop"])
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("rows", [1, 64, WIDEST])
 def bench_greedy(benchmark, rows, guard, side):
     timed(benchmark, side, rows, guard, 0.0)
 
 
-@pytest.mark.parametrize("side", ["optmem", "loop"])
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("rows", [1, 16])
 def bench_drawn(benchmark, rows, side):
     timed(benchmark, side, rows, "guard 20/50", 0.8)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("rows", [1, 64])
+def bench_confidence(benchmark, rows, side):
+    timed(benchmark, side, rows, "no guard", 0.0, confidence=1.5)

@@ -324,8 +324,9 @@ def pick_token(
     chance: Tensor,
     most_guard: int,
     is_sampled: bool,
-) -> tuple[Tensor, Tensor]:
-    """Guard, the likeliest or a drawn token, its raw log-probability; nothing waits for the device.  As in ops.pick_token."""
+    confidence_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Guard, the likeliest or a drawn token, and how likely it is; nothing waits for the device.  As in ops.pick_token."""
     guarded = guard_repeats(logits, history, guard_size, guard_window, allowed, most_guard)
     ids = guarded.argmax(-1)  # of equals the lower id
     is_sound = temperature == 0
@@ -334,8 +335,15 @@ def pick_token(
         is_sound = (temperature >= 0) & temperature.isfinite()
     del guarded  # or log_softmax is the second copy alive, for which a CPU asks the system: 59 ms for 64 rows of 129,280, not 26
     logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]  # NaN where a logit is NaN or +inf, or all are -inf
+    confidence = logprobs.exp() if confidence_temperature == 1 else _probability(logits, ids, confidence_temperature)
     is_sound = is_sound & (guard_size <= most_guard) & ~logprobs.isnan()
-    return ids.masked_fill(~is_sound, -1), logprobs.masked_fill(~is_sound, torch.nan)
+    return ids.masked_fill(~is_sound, -1), logprobs.masked_fill(~is_sound, torch.nan), confidence.masked_fill(~is_sound, torch.nan)
+
+
+def _probability(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Of the ids [N] at a temperature.  The highest logit is taken away first, or a low temperature makes large ones infinite."""
+    heated = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    return heated.log_softmax(-1).gather(1, ids[:, None])[:, 0].exp()
 
 
 def guard_repeats(

@@ -1,6 +1,7 @@
 """pick_token: against its meaning spelled out in loops, row by row, over histories that repeat; hostile rows, ties and edges."""
 
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from optmem import ops, reference
 from optmem.errors import InputError
-from optmem.testing import assert_equal, every_other, generator
+from optmem.native import native
+from optmem.ops import picking
+from optmem.testing import assert_equal, available_isas, every_other, forced_isa, generator, guarded
 
 INF, NAN = math.inf, math.nan
 ALMOST_ONE = 1 - 2**-53  # the largest chance below 1
@@ -23,6 +26,27 @@ TYPES = {
     "chance": torch.float64,
 }
 ORDER = ("logits", "history", "guard_size", "guard_window", "allowed", "temperature", "top_p", "chance")
+
+
+@pytest.fixture(scope="module", autouse=True, params=["reference", *available_isas()])
+def implementation(request):
+    """Every test runs with plain torch, and with the C++ for every instruction set."""
+    if request.param != "reference":
+        with forced_isa(request.param):
+            yield "cpp"
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picking, "cpp_for", lambda _: None)
+        yield "reference"
+
+
+def test_each_implementation_is_what_runs(implementation, monkeypatch):
+    monkeypatch.setattr(reference, "pick_token", None)
+    if implementation == "cpp":
+        assert picked(row(FALLING)) == [0]
+    else:
+        with pytest.raises(TypeError, match="NoneType"):
+            pick(row(FALLING))
 
 
 # --- the meaning, spelled out ---------------------------------------------------------------------------------------------------
@@ -90,17 +114,26 @@ def log_probability(logits, token):
     return logits[token] - highest - math.log(math.fsum(math.exp(logit - highest) for logit in logits))
 
 
-def assert_right(rows, ids, logprobs):
-    assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
-    assert ids.shape == logprobs.shape == (len(rows),)
-    for asked, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+def probability(logits, token, heat):
+    highest = max(logits)
+    return math.exp((logits[token] - highest) / heat) / math.fsum(math.exp((logit - highest) / heat) for logit in logits)
+
+
+def assert_right(rows, got, heat=1.0):
+    """What is picked of every row, and how likely it is, plainly and at the temperature of confidence."""
+    assert [tensor.dtype for tensor in got] == [torch.int64, torch.float32, torch.float32]
+    assert [tensor.shape for tensor in got] == [(len(rows),)] * 3
+    for asked, token, logprob, confidence in zip(rows, *(tensor.tolist() for tensor in got), strict=True):
         if is_broken(asked):
             assert token == -1
             assert math.isnan(logprob)
+            assert math.isnan(confidence)
         else:
             assert token in right_tokens(asked)
             scale = 1 + abs(asked["logits"][token]) + abs(max(asked["logits"]))
             assert abs(logprob - log_probability(asked["logits"], token)) <= 8 * scale * 2**-24
+            sure = probability(asked["logits"], token, heat)
+            assert abs(confidence - sure) <= sure * 8 * (scale / heat + 1) * 2**-24 + 1e-37
 
 
 # --- rows to tensors ------------------------------------------------------------------------------------------------------------
@@ -128,8 +161,8 @@ def flags(rows, most_guard=None):
     return {"most_guard": most if most_guard is None else most_guard, "is_sampled": is_sampled}
 
 
-def pick(*rows, extra=0, most_guard=None):
-    return ops.pick_token(*tensors(rows, extra), **flags(rows, most_guard))
+def pick(*rows, extra=0, most_guard=None, heat=1.0):
+    return ops.pick_token(*tensors(rows, extra), **flags(rows, most_guard), confidence_temperature=heat)
 
 
 def picked(*rows, **settings):
@@ -170,18 +203,21 @@ def rows_of(draw, vocab):
 batches = st.integers(1, 6).flatmap(lambda vocab: st.lists(rows_of(vocab), min_size=1, max_size=4))
 
 
+heats = st.sampled_from([0.5, 1.0, 2.0])  # of confidence
+
+
 @settings(max_examples=300)
-@given(batches)
-def test_says_what_the_loops_say(rows):
-    assert_right(rows, *pick(*rows))
+@given(batches, heats)
+def test_says_what_the_loops_say(rows, heat):
+    assert_right(rows, pick(*rows, heat=heat), heat)
 
 
 @settings(max_examples=60)
-@given(batches, st.integers(0, 5), st.integers(0, 40))
-def test_a_row_knows_neither_of_the_others_nor_of_padding(rows, extra, more):
-    together = pick(*rows, extra=extra, most_guard=flags(rows)["most_guard"] + more)
+@given(batches, st.integers(0, 5), st.integers(0, 40), heats)
+def test_a_row_knows_neither_of_the_others_nor_of_padding(rows, extra, more, heat):
+    together = pick(*rows, extra=extra, most_guard=flags(rows)["most_guard"] + more, heat=heat)
     for at, asked in enumerate(rows):
-        for got, alone in zip(together, pick(asked), strict=True):
+        for got, alone in zip(together, pick(asked, heat=heat), strict=True):
             assert_equal(got[at : at + 1].nan_to_num(7), alone.nan_to_num(7))
 
 
@@ -196,7 +232,10 @@ def test_no_more_history_is_needed_than_the_longest_window(rows):
 
 @pytest.mark.parametrize(("size", "window"), [(20, 50), (30, 90), (35, 128), (35, 1024), (40, 90), (2, 300), (1, 300)])
 def test_the_guards_of_the_family(size, window):
-    """Long texts that loop with any period, stop looping, or are cut: exactly the tokens of the loops are banned."""
+    """Long texts that loop with any period, stop looping, or are cut: exactly the tokens of the loops are banned.
+
+    A vocabulary of 5, of which at most 4 are said: the lowest that is not banned is picked.
+    """
     rng = generator(f"guard {size} {window}")
     rows = []
     for period in (*range(1, 40), 45, 49, 55, 60, 89, 95, 300):
@@ -209,6 +248,7 @@ def test_the_guards_of_the_family(size, window):
     guarded = reference.guard_repeats(logits, history, sizes, windows, allowed, size)
     banned = [banned_tokens(asked["history"], size, window, ()) for asked in rows]
     assert [set(where.nonzero().flatten().tolist()) for where in guarded == -INF] == banned
+    assert picked(*rows) == [min({*range(5)} - tokens) for tokens in banned]
     assert sum(map(bool, banned)) >= 5
     assert size < 20 or not all(banned)
 
@@ -259,9 +299,44 @@ def test_where_the_guard_leaves_nothing_finite_nothing_is_banned():
 
 
 def test_logprobs_are_those_of_the_raw_logits():
-    ids, logprobs = pick(row(FALLING, [0, 0], guard_size=1, guard_window=2, temperature=9.0, top_p=0.1))
+    ids, logprobs, confidence = pick(row(FALLING, [0, 0], guard_size=1, guard_window=2, temperature=9.0, top_p=0.1))
     assert ids.tolist() == [1]
-    assert_equal(logprobs, torch.tensor([FALLING]).log_softmax(-1)[:, 1])
+    assert_near(logprobs, torch.tensor([FALLING]).log_softmax(-1)[:, 1])
+    assert_near(confidence, torch.tensor([FALLING]).softmax(-1)[:, 1])
+
+
+# --- how likely it is -----------------------------------------------------------------------------------------------------------
+
+
+def assert_near(got, expected, atol=1e-6):
+    assert_equal(got.isnan(), expected.isnan())
+    assert torch.allclose(got.double(), expected.double(), rtol=2**-22, atol=atol, equal_nan=True)
+
+
+def error_allowed(implementation):
+    """Of a long sum, against fp64: torch adds 129,280 fp32 in a row and is off by 4e-6, the C++ adds in parts and is not."""
+    return 1e-6 if implementation == "cpp" else 1e-5
+
+
+@pytest.mark.parametrize("heat", [0.5, 1.0, 2.0])
+def test_confidence_is_the_probability_at_its_temperature(heat):
+    rows = [*many_rows("confidence"), row([0.0] * 33), row([-INF] * 31 + [7.0, 1.0])]
+    logits = tensors(rows)[0]
+    ids, logprobs, confidence = pick(*rows, heat=heat)
+    assert_near(confidence, (logits.double() / heat).softmax(-1).gather(1, ids[:, None])[:, 0])
+    assert_near(logprobs, logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    if heat == 1:
+        assert_near(confidence, logprobs.exp())
+
+
+def test_temperatures_of_confidence_at_the_ends():
+    rows = [row(FALLING), row([3.4e38, -3.4e38, 3.4e38, -INF]), row([NAN, 1.0, 1.0, 1.0])]
+    coldest, hottest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    cold, hot = (pick(*rows, heat=heat)[2] for heat in (coldest, hottest))
+    assert cold.tolist()[:2] == [1.0, 0.5]
+    assert hot[0] == 0.25
+    assert cold[2].isnan()
+    assert hot[2].isnan()
 
 
 # --- what is drawn --------------------------------------------------------------------------------------------------------------
@@ -309,7 +384,7 @@ def test_frequencies_are_those_of_the_softmax(temperature, top_p):
     assert (counts[kept == 0] == 0).all()
 
 
-def test_a_whole_vocabulary():
+def test_a_whole_vocabulary(implementation):
     """129,280 logits: the answer of fp64, and that of the same row alone."""
     rng = generator("pick_token 129280")
     logits = 3 * torch.randn(4, 129280, generator=rng)
@@ -317,11 +392,10 @@ def test_a_whole_vocabulary():
     none = torch.empty(4, 0, dtype=torch.int64)
     zeros = torch.zeros(4, dtype=torch.int64)
     columns = (logits, none, zeros, zeros, none, torch.tensor([1.0, 0.7, 2.0, 0.0]), top_p, chance)
-    ids, logprobs = ops.pick_token(*columns, most_guard=0, is_sampled=True)
-    for at in range(4):
-        alone = ops.pick_token(*(column[at : at + 1] for column in columns), most_guard=0, is_sampled=True)
-        assert_equal(torch.stack([ids[at].double(), logprobs[at].double()]), torch.cat([one.double() for one in alone]))
-    assert_equal(logprobs, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    ids, logprobs, confidence = ops.pick_token(*columns, most_guard=0, is_sampled=True, confidence_temperature=2.0)
+    for wide, atol in ((logits.double(), error_allowed(implementation)), (logits, 1e-5)):
+        assert_near(logprobs, wide.log_softmax(-1).gather(1, ids[:, None])[:, 0], atol)
+        assert_near(confidence, (wide / 2).softmax(-1).gather(1, ids[:, None])[:, 0], atol)
     assert ids[3] == logits[3].argmax()
     for at, heat in enumerate((1.0, 0.7, 2.0)):
         probabilities, order = (logits[at].double() / heat).softmax(-1).sort(descending=True)
@@ -340,19 +414,20 @@ def test_a_whole_vocabulary():
 def test_a_broken_row_fails_alone(bad, temperature):
     guard = {"guard_size": 2, "guard_window": 9, "temperature": temperature, "chance": 0.7}
     good = [row(logits, [0, 1, 0], **guard) for logits in ([1.0, 2.0, 0.0], [0.0, -INF, 1.0])]
-    ids, logprobs = pick(good[0], row(bad, [0, 1, 0], **guard), good[1])
+    ids, logprobs, confidence = pick(good[0], row(bad, [0, 1, 0], **guard), good[1])
     assert ids[1] == -1
     assert logprobs[1].isnan()
-    for got, expected in zip((ids, logprobs), pick(*good), strict=True):
+    assert confidence[1].isnan()
+    for got, expected in zip((ids, logprobs, confidence), pick(*good), strict=True):
         assert_equal(got[::2], expected)
     assert picked(row(bad, [0, 1, 0], **guard)) == [-1]
 
 
 @pytest.mark.parametrize("temperature", [-1.0, -(2**-149), NAN, INF])
 def test_a_temperature_that_cannot_be_fails_its_row(temperature):
-    ids, logprobs = pick(row(FALLING, temperature=temperature), row(FALLING, temperature=1.0))
+    ids, logprobs, confidence = pick(row(FALLING, temperature=temperature), row(FALLING, temperature=1.0), heat=2.0)
     assert ids.tolist() == [-1, 0]
-    assert logprobs.isnan().tolist() == [True, False]
+    assert logprobs.isnan().tolist() == confidence.isnan().tolist() == [True, False]
 
 
 def test_a_row_that_belies_the_flags_fails_alone():
@@ -378,15 +453,17 @@ def test_padding_may_be_anything_below_0():
 
 
 def test_one_token_no_history_and_no_rows():
-    ids, logprobs = pick(row([5.0], temperature=1.0, chance=ALMOST_ONE), row([NAN], temperature=1.0))
+    ids, logprobs, confidence = pick(row([5.0], temperature=1.0, chance=ALMOST_ONE), row([NAN], temperature=1.0))
     assert ids.tolist() == [0, -1]
     assert logprobs[0] == 0
+    assert confidence[0] == 1
     assert picked(row(FALLING, guard_size=3, guard_window=9)) == [0]  # L = 0, and a guard that has nothing to look at
     empty = [tensor[:0] for tensor in tensors([row(FALLING, [1, 1], [2])])]
     for most, is_sampled in ((0, False), (2, False), (2, True)):
-        ids, logprobs = ops.pick_token(*empty, most_guard=most, is_sampled=is_sampled)
+        ids, *numbers = ops.pick_token(*empty, most_guard=most, is_sampled=is_sampled, confidence_temperature=0.5)
         assert_equal(ids, torch.empty(0, dtype=torch.int64))
-        assert_equal(logprobs, torch.empty(0))
+        for tensor in numbers:
+            assert_equal(tensor, torch.empty(0))
 
 
 def many_rows(name, count=9, vocab=33):
@@ -420,6 +497,110 @@ def test_strided_inputs_are_read_where_they_are_and_left_alone():
             assert_equal(got.nan_to_num(7), want.nan_to_num(7))
 
 
+# --- the C++ --------------------------------------------------------------------------------------------------------------------
+
+CHUNK = 4096  # logits, that it reads at a time
+
+
+def wide_inputs(vocab, count):
+    """Rows with ties, with what is broken, and with guards that ban the likeliest on both sides of every chunk's edge."""
+    rng = generator(f"wide {vocab} {count}")
+    logits = torch.randint(-20, 20, (count, vocab), generator=rng) / 4
+    edges = torch.tensor([token for edge in range(0, vocab + 1, CHUNK) for token in (edge - 1, edge) if 0 <= token < vocab])
+    logits[: count // 2, edges] = 7.0
+    logits[count - 1, vocab // 2] = NAN
+    logits[count - 2, vocab - 1] = INF
+    logits[count - 3, :CHUNK] = -INF  # a whole chunk of nothing, or the whole row
+    history = torch.full((count, 12), -1)
+    for at in range(1, count):
+        said = edges[torch.randperm(len(edges), generator=rng)[: at % 12]]
+        history[at, 12 - len(said) :] = said
+    size, window = torch.ones(count, dtype=torch.int64), torch.full((count,), 12)
+    allowed = edges[torch.randint(0, len(edges), (count, 1), generator=rng)]
+    heat = torch.tensor([0.0, 0.0, 1.3]).repeat(count)[:count]
+    top_p = torch.full((count,), 0.9)
+    return logits, history, size, window, allowed, heat, top_p, torch.rand(count, generator=rng, dtype=torch.float64)
+
+
+def wide_pick(inputs, *, heat=2.0, is_sampled=True):
+    return ops.pick_token(*inputs, most_guard=1, is_sampled=is_sampled, confidence_temperature=heat)
+
+
+@pytest.mark.parametrize("heat", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 33])
+def test_says_what_the_reference_says(implementation, vocab, heat):
+    inputs = wide_inputs(vocab, 14)
+    ids, *numbers = wide_pick(inputs, heat=heat)
+    expected_ids, *expected = reference.pick_token(*inputs, 1, True, heat)
+    assert_equal(ids, expected_ids)
+    assert (ids[-2:] == -1).all()
+    wide, places = inputs[0].double(), ids.clamp(min=0)[:, None]
+    exact = (wide.log_softmax(-1).gather(1, places)[:, 0], (wide / heat).softmax(-1).gather(1, places)[:, 0])
+    for got, same, right in zip(numbers, expected, exact, strict=True):
+        assert_near(got, same, 1e-5)
+        assert_near(got, right.masked_fill(ids < 0, NAN), error_allowed(implementation))
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(129280, 3), (3 * CHUNK + 33, 14), (33, 3000)])
+def test_neither_other_rows_nor_threads_change_a_bit(vocab, count):
+    inputs = wide_inputs(vocab, count)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = [tensor.nan_to_num(7) for tensor in wide_pick(inputs)]
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for got, want in zip(wide_pick(inputs), expected, strict=True):
+                assert_equal(got.nan_to_num(7), want)
+            for at in range(0, count, 1 + count // 20):
+                one = wide_pick([column[at : at + 1] for column in inputs])
+                assert_equal(
+                    torch.stack([got[0].nan_to_num(7).double() for got in one]), torch.stack([t[at].double() for t in expected])
+                )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_whether_another_row_draws_changes_no_bit():
+    inputs = list(wide_inputs(CHUNK + 1, 6))
+    inputs[5] = torch.zeros(6)
+    greedy = wide_pick(inputs, is_sampled=False)
+    inputs[5] = torch.tensor([0.0, 0.9] * 3)
+    for got, want in zip(wide_pick(inputs), greedy, strict=True):
+        assert_equal(got[::2].nan_to_num(7), want[::2].nan_to_num(7))
+
+
+def native_arguments(count=4, vocab=33):
+    logits, *guard, heat, _, _ = wide_inputs(vocab, count)
+    names = ("logits", "history", "guard_size", "guard_window", "allowed", "temperature")
+    arrays = {name: tensor.numpy() for name, tensor in zip(names, (logits.nan_to_num(0, 0, 0), *guard, heat), strict=True)}
+    numbers = {"most_guard": 1, "is_sampled": True, "confidence_temperature": 2.0, "num_threads": 2}
+    out = {"ids": torch.zeros(count, dtype=torch.int64), "logprobs": torch.empty(count), "confidence": torch.empty(count)}
+    return arrays | numbers | {name: tensor.numpy() for name, tensor in out.items()}
+
+
+def test_writes_its_outputs_and_nothing_else():
+    asked = native_arguments()
+    place = torch.device("cpu")
+    with guarded((4,), torch.float32, place) as logprobs, guarded((4,), torch.float32, place) as confidence:
+        native("_cpu").require().pick_token(**asked | {"logprobs": logprobs.numpy(), "confidence": confidence.numpy()})
+
+
+@pytest.mark.parametrize("token", [-1, 33, 2**62, -(2**63)])
+def test_a_drawn_token_that_no_logit_is_for_fails_its_row(token):
+    asked = native_arguments()
+    asked["ids"][:] = token
+    native("_cpu").require().pick_token(**asked)
+    assert (asked["ids"] == -1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["history", "guard_size", "allowed", "temperature", "ids", "logprobs", "confidence"])
+def test_the_native_code_refuses_wrong_sizes(name):
+    asked = native_arguments()
+    with pytest.raises(ValueError, match=f"{name} must have"):
+        native("_cpu").require().pick_token(**asked | {name: asked[name][:-1]})
+
+
 # --- the operator ---------------------------------------------------------------------------------------------------------------
 
 
@@ -429,11 +610,13 @@ def test_nothing_waits_for_the_device(length, is_sampled):
     """On the meta device there are no values: whoever asks for one, as .item() or nonzero() do, raises."""
     inputs = tensors(many_rows("meta"))
     inputs[1] = inputs[1][:, :length]
-    ids, logprobs = reference.pick_token(*(tensor.to("meta") for tensor in inputs), 3, is_sampled)
-    assert (ids.shape, ids.dtype, logprobs.shape, logprobs.dtype) == ((9,), torch.int64, (9,), torch.float32)
+    got = reference.pick_token(*(tensor.to("meta") for tensor in inputs), 3, is_sampled, 0.5)
+    assert [(tensor.shape, tensor.dtype) for tensor in got] == [
+        ((9,), dtype) for dtype in (torch.int64, torch.float32, torch.float32)
+    ]
 
 
-def test_what_the_flags_rule_out_is_not_done(monkeypatch):
+def test_what_the_flags_rule_out_is_not_done(implementation, monkeypatch):
     """Without guards no history is looked at, and without temperatures nothing is sorted."""
     rows = [row(FALLING, [1, 1]), row(FALLING)]
     for name in ("ends_of_repeats", "_give_back", "draw_token"):
@@ -441,9 +624,10 @@ def test_what_the_flags_rule_out_is_not_done(monkeypatch):
     assert picked(*rows) == [0, 0]
     assert picked(row(FALLING, guard_size=2), most_guard=2) == [0]
     with pytest.raises(TypeError):
-        pick(*rows, most_guard=1)
-    with pytest.raises(TypeError):
         pick(row(FALLING, temperature=1.0))
+    if implementation == "reference":  # the C++ has its own guard
+        with pytest.raises(TypeError):
+            pick(*rows, most_guard=1)
 
 
 WRONG = [
@@ -461,6 +645,10 @@ WRONG = [
     ("top_p", torch.ones(2, 1), r"top_p must be \[2\], got \[2, 1\]"),
     ("chance", torch.ones(2), "chance must be torch.float64, got torch.float32"),
     ("most_guard", -1, "most_guard must not be negative, got -1"),
+    *(
+        ("confidence_temperature", heat, f"confidence_temperature must be finite and above 0 in fp32, got {re.escape(str(heat))}")
+        for heat in (0.0, -1.0, NAN, INF, -INF, 1e-50, 1e39)
+    ),
 ]
 
 
@@ -474,7 +662,9 @@ def test_refuses_wrong_arguments(name, value, words):
 
 @pytest.mark.parametrize("rows", [[row(FALLING)] * 3, many_rows("opcheck", count=5)], ids=["greedy", "mixed"])
 def test_opcheck(rows):
-    torch.library.opcheck(torch.ops.optmem.pick_token, (*tensors(rows), *flags(rows).values()))
+    inputs = (*tensors(rows), *flags(rows).values())
+    torch.library.opcheck(torch.ops.optmem.pick_token, inputs)
+    torch.library.opcheck(torch.ops.optmem.pick_token, (*inputs, 0.5))
 
 
 @pytest.mark.parametrize("is_sampled", [False, True])
@@ -489,4 +679,4 @@ def test_compiles_in_one_piece(is_sampled):
 
 def test_says_who_serves_it():
     rows = {row.device: row.name for row in ops.implementations() if row.operator == "pick_token"}
-    assert rows == {"cpu": "reference", "cuda": "reference"}
+    assert rows == {"cpu": "cpp", "cuda": "reference"}

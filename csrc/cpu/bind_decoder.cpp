@@ -7,6 +7,7 @@
 #include "cpu/expert_mlp.h"
 #include "cpu/linear_rows.h"
 #include "cpu/paged_attention.h"
+#include "cpu/pick_token.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
 #include "cpu/route.h"
@@ -174,6 +175,28 @@ void expert_mlp(const Array<T>& x, const Array<T>& gate_up, const Array<T>& down
   optmem::expert_mlp(job, num_threads);
 }
 
+void pick_token(const Array<float>& logits, const Array<int64_t>& history, const Array<int64_t>& guard_size,
+                const Array<int64_t>& guard_window, const Array<int64_t>& allowed, const Array<float>& temperature,
+                int64_t most_guard, bool is_sampled, float confidence_temperature, Array<int64_t> ids, Array<float> logprobs,
+                Array<float> confidence, int num_threads) {
+  check_threads(num_threads);
+  const int64_t rows = side<float>(logits, 0, 2, "logits"), vocab = side<float>(logits, 1, 2, "logits");
+  const int64_t length = side<int64_t>(history, 1, 2, "history"), listed = side<int64_t>(allowed, 1, 2, "allowed");
+  check(vocab > 0, "logits must have at least one column");
+  const optmem::PickToken job{in<float>(logits, rows * vocab, "logits"),
+                              in<int64_t>(history, rows * length, "history"),
+                              in<int64_t>(guard_size, rows, "guard_size"),
+                              in<int64_t>(guard_window, rows, "guard_window"),
+                              in<int64_t>(allowed, rows * listed, "allowed"),
+                              in<float>(temperature, rows, "temperature"),
+                              out<int64_t>(ids, rows, "ids"),
+                              out<float>(logprobs, rows, "logprobs"),
+                              out<float>(confidence, rows, "confidence"),
+                              rows, vocab, length, listed, most_guard, is_sampled, confidence_temperature};
+  py::gil_scoped_release unlocked;
+  optmem::pick_token(job, num_threads);
+}
+
 // pybind11 tries the overloads by element type; noconvert keeps it from copying into a type that was not given.
 template <typename T>
 void bind_type(py::module_& m) {
@@ -199,4 +222,8 @@ void bind_decoder(py::module_& m) {
         py::arg("out").noconvert(), py::arg("num_threads"));
   m.def("route", &route, py::arg("scores").noconvert(), py::arg("ids").noconvert(), py::arg("weights").noconvert(),
         py::arg("order").noconvert(), py::arg("starts").noconvert(), py::arg("num_threads"));
+  m.def("pick_token", &pick_token, py::arg("logits").noconvert(), py::arg("history").noconvert(),
+        py::arg("guard_size").noconvert(), py::arg("guard_window").noconvert(), py::arg("allowed").noconvert(),
+        py::arg("temperature").noconvert(), py::arg("most_guard"), py::arg("is_sampled"), py::arg("confidence_temperature"),
+        py::arg("ids").noconvert(), py::arg("logprobs").noconvert(), py::arg("confidence").noconvert(), py::arg("num_threads"));
 }

@@ -113,11 +113,10 @@ def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float
     most_guard = max((each.sampling.guard.size for each in picks if each.sampling.guard), default=0)
     is_sampled = any(each.sampling.temperature > 0 for each in picks)
     placed = [argument.to(logits.device) for argument in arguments]
-    ids, logprobs = ops.pick_token(logits, *placed, most_guard=most_guard, is_sampled=is_sampled)
-    confidence = logprobs
-    if confidence_temperature != 1:
-        confidence = (logits / confidence_temperature).log_softmax(-1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
-    return Said(ids.tolist(), logprobs.tolist(), confidence.exp().tolist())
+    ids, logprobs, confidence = ops.pick_token(
+        logits, *placed, most_guard=most_guard, is_sampled=is_sampled, confidence_temperature=confidence_temperature
+    )
+    return Said(ids.tolist(), logprobs.tolist(), confidence.tolist())
 
 
 def _plain(picks: Sequence[Pick], rows: int) -> list[Tensor]:  # noqa: ARG001 - as _arguments

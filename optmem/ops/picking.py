@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from optmem import reference
-from optmem.ops.registry import Implementation, check, check_index, check_like, described, library, torch_on_cuda
+from optmem.ops.registry import (
+    as_array,
+    check,
+    check_index,
+    check_like,
+    cpp_for,
+    cpp_or_reference,
+    described,
+    library,
+    torch_on_cuda,
+)
 
 library.define(
     "pick_token(Tensor logits, Tensor history, Tensor guard_size, Tensor guard_window, Tensor allowed, Tensor temperature, "
-    "Tensor top_p, Tensor chance, int most_guard, bool is_sampled) -> (Tensor, Tensor)"
+    "Tensor top_p, Tensor chance, int most_guard, bool is_sampled, float confidence_temperature=1.0) -> (Tensor, Tensor, Tensor)"
 )
+
+_COLDEST, _HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of confidence: what fp32 can divide by
 
 
 def pick_token(
@@ -28,8 +40,9 @@ def pick_token(
     *,
     most_guard: int,
     is_sampled: bool,
-) -> tuple[Tensor, Tensor]:
-    """The next token of every row, and its log-probability among the logits as they came.
+    confidence_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next token of every row, its log-probability among the logits as they came, and how sure one may be of it.
 
     logits        fp32 [N, V]
     history       int64 [N, L]   tokens said before, the last one last; negative on the left where there are fewer than L
@@ -41,22 +54,27 @@ def pick_token(
     chance        fp64 [N]       in [0, 1): the token drawn is the first whose kept mass, with all before it, exceeds this share
     most_guard                   no guard_size is above it; 0 says that no row is guarded
     is_sampled                   False says that every temperature is 0, and nothing is sorted
-    -> ids int64 [N], logprobs fp32 [N]
+    confidence_temperature       what the logits as they came are divided by for the confidence, which is e^logprob where it is 1
+    -> ids int64 [N], logprobs fp32 [N], confidence fp32 [N]: the probability of the token at that temperature
 
     The guard bans what would repeat an n-gram: for every one in the window that begins with the last n - 1 tokens, its last token.
-    Where no finite logit would be left, nothing is banned.  Temperature and top_p act behind the guard, logprobs knows of none.
+    Where no finite logit would be left, nothing is banned.  Temperature and top_p act behind the guard; logprobs
+    and confidence know of none.
 
-    A row fails alone, with id -1 and logprob NaN: its logits hold NaN or +inf or nothing finite, its temperature is negative or not
-    finite, or it belies most_guard or is_sampled.  No value is checked otherwise, for that would wait for the device; of a top_p or
-    a chance out of range comes some token of the row.
+    A row fails alone, with id -1 and the rest NaN: its logits hold NaN or +inf or nothing finite, its temperature is negative or
+    not finite, or it belies most_guard or is_sampled.  No value is checked otherwise, for that would wait for the device; of a
+    top_p or a chance out of range comes some token of the row.
 
-    A row's result does not depend on other rows or on padding: its id on any device, its logprob on CPU, bit for bit.
-    The guard takes N * L * most_guard bytes, so pass no more history than the longest window; drawing takes about 32 * N * V.
-    Raises InputError where shapes, types or devices do not fit together.
+    A row's result does not depend on other rows or on padding: its id on any device; on CPU all of it, bit for bit.
+    The reference's guard takes N * L * most_guard bytes, so pass no more history than the longest window; drawing takes about
+    32 * V bytes for every row that draws.
+    Raises InputError where shapes, types or devices do not fit together, or confidence_temperature is not a number above 0.
     """
     check(logits.dim() == 2 and logits.shape[1] > 0, f"pick_token: logits must be [N, V], V at least 1, got {list(logits.shape)}")
     check(logits.dtype == torch.float32, f"pick_token: logits must be torch.float32, got {logits.dtype}")
     check(most_guard >= 0, f"pick_token: most_guard must not be negative, got {most_guard}")
+    is_warm = _COLDEST <= confidence_temperature <= _HOTTEST
+    check(is_warm, f"pick_token: confidence_temperature must be finite and above 0 in fp32, got {confidence_temperature}")
     rows = logits.shape[0]
     for name, table, letter in (("history", history, "L"), ("allowed", allowed, "A")):
         fits = table.dim() == 2 and table.shape[0] == rows
@@ -70,21 +88,66 @@ def pick_token(
     for name, tensor in others.items():
         check(tensor.device == logits.device, f"pick_token: {name} must be on {logits.device}, got {tensor.device}")
     guard = (history, guard_size, guard_window, allowed)
-    picked: tuple[Tensor, Tensor] = torch.ops.optmem.pick_token(
-        logits.contiguous(), *guard, temperature, top_p, chance, most_guard, is_sampled
+    picked: tuple[Tensor, Tensor, Tensor] = torch.ops.optmem.pick_token(
+        logits.contiguous(), *guard, temperature, top_p, chance, most_guard, is_sampled, confidence_temperature
     )
     return picked
 
 
-torch.library.impl(library, "pick_token", "CPU")(reference.pick_token)
+@torch.library.impl(library, "pick_token", "CPU")
+def _pick_token_cpu(
+    logits: Tensor,
+    history: Tensor,
+    guard_size: Tensor,
+    guard_window: Tensor,
+    allowed: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    chance: Tensor,
+    most_guard: int,
+    is_sampled: bool,
+    confidence_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    guard = (history, guard_size, guard_window, allowed)
+    cpu = cpp_for(logits) if logits.dtype == torch.float32 else None
+    if cpu is None:
+        heat = (temperature, top_p, chance)
+        return reference.pick_token(logits, *guard, *heat, most_guard, is_sampled, confidence_temperature)
+    out: tuple[Tensor, Tensor, Tensor] = _pick_token_fake(logits)
+    if is_sampled:
+        _draw(out[0], logits, *guard, temperature, top_p, chance, most_guard)
+    inputs = map(as_array, (logits, *guard, temperature))
+    cpu.pick_token(*inputs, most_guard, is_sampled, confidence_temperature, *map(as_array, out), torch.get_num_threads())
+    return out
+
+
+def _draw(
+    ids: Tensor,
+    logits: Tensor,
+    history: Tensor,
+    guard_size: Tensor,
+    guard_window: Tensor,
+    allowed: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    chance: Tensor,
+    most_guard: int,
+) -> None:
+    """Writes the ids of the rows that draw, and of no others: a sort, which torch does well, and only for them."""
+    rows = ((temperature > 0) & temperature.isfinite()).nonzero()[:, 0]
+    guard = (history[rows], guard_size[rows], guard_window[rows], allowed[rows])
+    guarded = reference.guard_repeats(logits[rows], *guard, most_guard)
+    ids[rows] = reference.draw_token(guarded, temperature[rows], top_p[rows], chance[rows])
+
+
 torch.library.impl(library, "pick_token", "CUDA")(reference.pick_token)
 
 
 @torch.library.register_fake("optmem::pick_token")
-def _pick_token_fake(logits: Tensor, *others: Tensor | int) -> tuple[Tensor, Tensor]:
+def _pick_token_fake(logits: Tensor, *others: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[:1]
-    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows)
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows), logits.new_empty(rows)
 
 
-described.append(lambda: Implementation("pick_token", "cpu", "reference", "plain torch, a few passes over the logits"))
+described.append(cpp_or_reference("pick_token"))
 described.append(partial(torch_on_cuda, "pick_token"))
