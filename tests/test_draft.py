@@ -12,6 +12,7 @@ from optmem.engine.draft import CellDraft, accept
 from optmem.engine.loop import Loop
 from optmem.engine.rows import BLOCK, PageRows, RowsRequest, draft_page, read_pages
 from optmem.engine.runner import Runner
+from optmem.engine.sampling import GREEDY, Pick, pick
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.speech import PATIENCE
 from optmem.errors import InputError
@@ -66,10 +67,13 @@ def alone(decoder, prefix, row, most=MOST):
         cache = Cache.for_tokens(decoder.config, len(tokens), decoder.dtype)
         with torch.inference_mode():
             hidden = decoder(tokens, cache.batch([cache.new_sequence(len(prefix))], [len(tokens)]), cache)[-1:]
-            logprob, token = decoder.logits(hidden).log_softmax(-1).max(-1)
-        ids.append(int(token))
-        logprobs.append(float(logprob))
-    return ids, pytest.approx(logprobs, abs=1e-6)  # torch sums in another order than pick_token
+            logits = decoder.logits(hidden)
+        picked = pick(logits, [Pick(GREEDY, ids)])
+        ids.append(int(logits.argmax()))
+        assert picked.ids == ids[-1:]
+        assert picked.logprobs == pytest.approx([float(logits.log_softmax(-1).max())], abs=1e-5)  # summed in another order
+        logprobs += picked.logprobs
+    return ids, logprobs
 
 
 def said(row):

@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from optmem.engine.loop import Loop
 from optmem.engine.requests import Request, TextRequest
 from optmem.engine.runner import Runner
-from optmem.engine.sampling import Sampling
+from optmem.engine.sampling import Pick, Sampling, pick
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.speech import Prefix, Speech
 from optmem.errors import BackendError, InputError, ModelError
@@ -81,9 +81,12 @@ def alone(decoder, speech):
         guarded = logits.clone()
         if speech.sampling.guard:
             guarded[list(speech.sampling.guard.banned(ids))] = -torch.inf
+        picked = pick(logits[None], [Pick(replace(speech.sampling, temperature=0.0), list(ids))])
         ids.append(int(guarded.argmax()))
-        logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
-    return ids, pytest.approx(logprobs, abs=1e-6)  # torch sums in another order than pick_token
+        assert picked.ids == ids[-1:]
+        assert picked.logprobs == pytest.approx([float(logits.log_softmax(-1)[ids[-1]])], abs=1e-5)  # summed in another order
+        logprobs += picked.logprobs
+    return ids, logprobs
 
 
 def texts(decoder, count, seed=0, **changes):
