@@ -1,4 +1,5 @@
-"""Our model against transformers' Unlimited-OCR: the same random full-size weights, bf16, two threads, one process.
+"""Our model against transformers' Unlimited-OCR: the same random full-size weights, bf16, two threads, one process;
+and our decoder with int8 weights against their bf16.
 
     python bench/bench_against_transformers.py [--scale 1.0] [--rounds 5] [--anyway]
 
@@ -7,6 +8,7 @@ medians.  A case during which other processes used more than a tenth of a core i
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -18,12 +20,15 @@ from pathlib import Path
 import torch
 
 from optmem.model.cache import Cache
+from optmem.model.decoder import Decoder
 from optmem.model.model import Model
+from optmem.model.quantize import quantize
 from optmem.testing import generator
 from optmem.testing.oracle import as_floats, build_oracle
 
 THREADS = 2
 PREFILL = 285  # a Base page and its prompt
+INT8_TOLERANCE = 0.2  # of random weights: rounding moves the router's choices too, and with them whole experts
 QUIET = 0.1  # cores that other processes may use
 
 
@@ -80,21 +85,30 @@ def prefill_case(model: Model, whole, length: int) -> Case:
     return Case(f"prefill {length} tokens", ours, theirs, 0.1)
 
 
-def decode_case(model: Model, whole, batch: int, steps: int) -> Case:
-    """Steps of one token for every sequence of the batch, after the same prompts."""
+def decode_inputs(batch: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [batch, PREFILL] and the tokens [steps, batch] that follow them."""
     rng = generator(f"decode {batch}")
-    prompts = torch.randint(0, 1000, (batch, PREFILL), generator=rng)
-    tokens = torch.randint(0, 1000, (steps, batch), generator=rng)
-    decoder = model.decoder
-    cache = Cache.for_tokens(model.config.decoder, batch * (PREFILL + 4096), decoder.dtype)
+    return torch.randint(0, 1000, (batch, PREFILL), generator=rng), torch.randint(0, 1000, (steps, batch), generator=rng)
+
+
+def our_steps(decoder: Decoder, batch: int, steps: int) -> Callable[[], torch.Tensor]:
+    """Steps of one token for every sequence of the batch, whose prompts are read here."""
+    prompts, tokens = decode_inputs(batch, steps)
+    cache = Cache.for_tokens(decoder.config, batch * (PREFILL + 4096), decoder.dtype)
     sequences = [cache.new_sequence(prompt=PREFILL) for _ in range(batch)]
     decoder(decoder.embed(prompts.flatten()), cache.batch(sequences, [PREFILL] * batch), cache)
-    state = {"theirs": whole(input_ids=prompts, logits_to_keep=1, use_cache=True).past_key_values}
 
     def ours() -> torch.Tensor:
         for step in tokens:
             logits = decoder.logits(decoder(decoder.embed(step), cache.batch(sequences, [1] * batch), cache))
         return logits
+
+    return ours
+
+
+def their_steps(whole, batch: int, steps: int) -> Callable[[], torch.Tensor]:
+    prompts, tokens = decode_inputs(batch, steps)
+    state = {"theirs": whole(input_ids=prompts, logits_to_keep=1, use_cache=True).past_key_values}
 
     def theirs() -> torch.Tensor:
         for step in tokens:
@@ -102,7 +116,31 @@ def decode_case(model: Model, whole, batch: int, steps: int) -> Case:
             state["theirs"] = output.past_key_values
         return output.logits[:, -1]
 
-    return Case(f"decode batch {batch}, {steps} steps", ours, theirs, 0.2)
+    return theirs
+
+
+def decode_case(model: Model, whole, batch: int, steps: int) -> Case:
+    return Case(
+        f"decode batch {batch}, {steps} steps", our_steps(model.decoder, batch, steps), their_steps(whole, batch, steps), 0.2
+    )
+
+
+def int8_case(model: Model, whole, batch: int, steps: int) -> Case:
+    """Our int8 weights against their bf16; the answer is compared with our own bf16 first."""
+    name = f"decode int8 batch {batch}, {steps} steps"
+    narrow = our_steps(quantized(model.decoder), batch, steps)
+    check(f"{name}, against our bf16", narrow(), our_steps(model.decoder, batch, steps)(), INT8_TOLERANCE)
+    return Case(name, our_steps(quantized(model.decoder), batch, steps), their_steps(whole, batch, steps), 0.2 + INT8_TOLERANCE)
+
+
+@functools.cache
+def quantized(decoder: Decoder) -> Decoder:
+    """A second decoder of int8 weights; what is not quantised is shared.  At full size 3 GB beside the 6 of bf16."""
+    with torch.device("meta"):
+        narrow = Decoder(decoder.config)
+    narrow.load_state_dict(decoder.state_dict(), assign=True)
+    quantize(narrow.requires_grad_(requires_grad=False))
+    return narrow
 
 
 def cpu_seconds() -> tuple[float, float]:
@@ -127,6 +165,7 @@ def main() -> None:
         *(lambda side=side: encode_case(model, whole, side) for side in (640, 1024)),
         lambda: prefill_case(model, whole, PREFILL),
         *(lambda batch=batch: decode_case(model, whole, batch, 8) for batch in (1, 4, 8)),
+        *(lambda batch=batch: int8_case(model, whole, batch, 8) for batch in (1, 8)),
     ]
     rows = [measured for make in makers if (measured := report(make, options)) is not None]
     print(f"{'case':28} {'ours':>10} {'transformers':>13} {'ratio':>6}")

@@ -197,10 +197,15 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_rows(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight in this type, its rows times their scales where it has any: weight [..., out, in], scales [..., out]."""
+    return weight.to(dtype) if scales is None else weight.to(dtype) * scales[..., None]
+
+
+def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
     """x weight^T, rounded once to dtype.  Shapes as in ops.linear_rows."""
-    inside = torch.promote_types(x.dtype, dtype)
-    product: Tensor = torch.nn.functional.linear(x.to(inside), weight.to(inside))
+    inside = torch.promote_types(x.dtype, dtype if scales is None else torch.float32)
+    product: Tensor = torch.nn.functional.linear(x.to(inside), scaled_rows(weight, scales, inside))
     return product.to(dtype)
 
 
@@ -294,9 +299,21 @@ def route(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor
     return ids.int(), weights, order.int(), starts.int()
 
 
-def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+def expert_mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
+) -> Tensor:
     """SwiGLU of every used expert over its tokens; sums in fp32, rounded once.  Shapes as in ops.expert_mlp."""
     sums = torch.zeros_like(_at_least_fp32(x))
+    if gate_up_scales is not None and down_scales is not None:
+        gate_up, down = scaled_rows(gate_up, gate_up_scales, sums.dtype), scaled_rows(down, down_scales, sums.dtype)
+    inside = gate_up.dtype
     top_k = weights.shape[1]
     edges = starts.tolist()
     for expert, (start, end) in enumerate(itertools.pairwise(edges)):
@@ -304,8 +321,9 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order:
             continue
         pairs = order[start:end].long()
         tokens = pairs // top_k
-        gate, up = torch.nn.functional.linear(x[tokens], gate_up[expert]).chunk(2, dim=-1)
-        outputs = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert])
+        gate, up = torch.nn.functional.linear(x[tokens].to(inside), gate_up[expert]).chunk(2, dim=-1)
+        inner = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+        outputs = torch.nn.functional.linear(inner.to(inside), down[expert])
         sums.index_add_(0, tokens, (outputs * weights.flatten()[pairs, None]).to(sums.dtype))
     return sums.to(x.dtype)
 

@@ -54,14 +54,27 @@ int64_t side(const Array<T>& array, int axis, int dims, const char* name) {
 
 void check_threads(int num_threads) { check(num_threads > 0, "num_threads must be positive, got ", num_threads); }
 
-template <typename T, typename Out>
-void linear_rows(const Array<T>& x, const Array<T>& weight, Array<Out> result, int num_threads) {
+// scales may be null, for weights that have none.
+template <typename T, typename Out, typename W>
+void run_linear_rows(const Array<T>& x, const Array<W>& weight, const Array<float>* scales, Array<Out>& result, int num_threads) {
   check_threads(num_threads);
-  const int64_t tokens = side<T>(x, 0, 2, "x"), width = side<T>(x, 1, 2, "x"), rows = side<T>(weight, 0, 2, "weight");
-  const optmem::LinearRows<T, Out> job{in<T>(x, tokens * width, "x"), in<T>(weight, rows * width, "weight"),
-                                       out<Out>(result, tokens * rows, "out"), tokens, rows, width};
+  const int64_t tokens = side<T>(x, 0, 2, "x"), width = side<T>(x, 1, 2, "x"), rows = side<W>(weight, 0, 2, "weight");
+  const optmem::LinearRows<T, Out, W> job{in<T>(x, tokens * width, "x"), in<W>(weight, rows * width, "weight"),
+                                          scales ? in<float>(*scales, rows, "scales") : nullptr,
+                                          out<Out>(result, tokens * rows, "out"), tokens, rows, width};
   py::gil_scoped_release unlocked;
   optmem::linear_rows(job, num_threads);
+}
+
+template <typename T, typename Out>
+void linear_rows(const Array<T>& x, const Array<T>& weight, Array<Out> result, int num_threads) {
+  run_linear_rows<T, Out, T>(x, weight, nullptr, result, num_threads);
+}
+
+template <typename T, typename Out>
+void linear_rows_int8(const Array<T>& x, const Array<int8_t>& weight, const Array<float>& scales, Array<Out> result,
+                      int num_threads) {
+  run_linear_rows<T, Out, int8_t>(x, weight, &scales, result, num_threads);
 }
 
 template <typename T>
@@ -155,24 +168,47 @@ void route(Array<float> scores, Array<int32_t> ids, Array<float> weights, Array<
   optmem::route(job, num_threads);
 }
 
+// The scales of an expert's rows, for weights that have them.
+struct ExpertScales {
+  const Array<float>&gate_up, &down;
+};
+
+// scales may be null.
+template <typename T, typename W>
+void run_expert_mlp(const Array<T>& x, const Array<W>& gate_up, const Array<W>& down, const ExpertScales* scales,
+                    const Array<float>& weights, const Array<int32_t>& order, const Array<int32_t>& starts, Array<T>& result,
+                    int num_threads) {
+  check_threads(num_threads);
+  const int64_t tokens = side<T>(x, 0, 2, "x"), hidden = side<T>(x, 1, 2, "x");
+  const int64_t experts = side<W>(down, 0, 3, "down"), width = side<W>(down, 2, 3, "down");
+  const int64_t top_k = side<float>(weights, 1, 2, "weights"), pairs = tokens * top_k;
+  check(top_k > 0, "weights must have at least one column");
+  const optmem::ExpertMlp<T, W> job{in<T>(x, tokens * hidden, "x"),
+                                    in<W>(gate_up, experts * 2 * width * hidden, "gate_up"),
+                                    in<W>(down, experts * hidden * width, "down"),
+                                    scales ? in<float>(scales->gate_up, experts * 2 * width, "gate_up_scales") : nullptr,
+                                    scales ? in<float>(scales->down, experts * hidden, "down_scales") : nullptr,
+                                    in<float>(weights, pairs, "weights"),
+                                    in<int32_t>(order, pairs, "order"),
+                                    in<int32_t>(starts, experts + 1, "starts"),
+                                    out<T>(result, tokens * hidden, "out"),
+                                    tokens, hidden, width, experts, top_k};
+  py::gil_scoped_release unlocked;
+  optmem::expert_mlp(job, num_threads);
+}
+
 template <typename T>
 void expert_mlp(const Array<T>& x, const Array<T>& gate_up, const Array<T>& down, const Array<float>& weights,
                 const Array<int32_t>& order, const Array<int32_t>& starts, Array<T> result, int num_threads) {
-  check_threads(num_threads);
-  const int64_t tokens = side<T>(x, 0, 2, "x"), hidden = side<T>(x, 1, 2, "x");
-  const int64_t experts = side<T>(down, 0, 3, "down"), width = side<T>(down, 2, 3, "down");
-  const int64_t top_k = side<float>(weights, 1, 2, "weights"), pairs = tokens * top_k;
-  check(top_k > 0, "weights must have at least one column");
-  const optmem::ExpertMlp<T> job{in<T>(x, tokens * hidden, "x"),
-                                 in<T>(gate_up, experts * 2 * width * hidden, "gate_up"),
-                                 in<T>(down, experts * hidden * width, "down"),
-                                 in<float>(weights, pairs, "weights"),
-                                 in<int32_t>(order, pairs, "order"),
-                                 in<int32_t>(starts, experts + 1, "starts"),
-                                 out<T>(result, tokens * hidden, "out"),
-                                 tokens, hidden, width, experts, top_k};
-  py::gil_scoped_release unlocked;
-  optmem::expert_mlp(job, num_threads);
+  run_expert_mlp<T, T>(x, gate_up, down, nullptr, weights, order, starts, result, num_threads);
+}
+
+template <typename T>
+void expert_mlp_int8(const Array<T>& x, const Array<int8_t>& gate_up, const Array<int8_t>& down, const Array<float>& weights,
+                     const Array<int32_t>& order, const Array<int32_t>& starts, const Array<float>& gate_up_scales,
+                     const Array<float>& down_scales, Array<T> result, int num_threads) {
+  const ExpertScales scales{gate_up_scales, down_scales};
+  run_expert_mlp<T, int8_t>(x, gate_up, down, &scales, weights, order, starts, result, num_threads);
 }
 
 void pick_token(const Array<float>& logits, const Array<int64_t>& history, const Array<int64_t>& guard_size,
@@ -211,6 +247,9 @@ void bind_type(py::module_& m) {
   m.def("paged_attention", &paged_attention<T>, a("queries"), a("keys"), a("values"), a("table"), a("starts"), a("lengths"),
         a("prompts"), py::arg("window"), py::arg("scale"), a("out"), threads);
   m.def("expert_mlp", &expert_mlp<T>, a("x"), a("gate_up"), a("down"), a("weights"), a("order"), a("starts"), a("out"), threads);
+  m.def("linear_rows", &linear_rows_int8<T, T>, a("x"), a("weight"), a("scales"), a("out"), threads);
+  m.def("expert_mlp", &expert_mlp_int8<T>, a("x"), a("gate_up"), a("down"), a("weights"), a("order"), a("starts"),
+        a("gate_up_scales"), a("down_scales"), a("out"), threads);
 }
 
 }  // namespace
@@ -220,6 +259,8 @@ void bind_decoder(py::module_& m) {
   bind_type<float>(m);
   m.def("linear_rows", &linear_rows<Bf16, float>, py::arg("x").noconvert(), py::arg("weight").noconvert(),
         py::arg("out").noconvert(), py::arg("num_threads"));
+  m.def("linear_rows", &linear_rows_int8<Bf16, float>, py::arg("x").noconvert(), py::arg("weight").noconvert(),
+        py::arg("scales").noconvert(), py::arg("out").noconvert(), py::arg("num_threads"));
   m.def("route", &route, py::arg("scores").noconvert(), py::arg("ids").noconvert(), py::arg("weights").noconvert(),
         py::arg("order").noconvert(), py::arg("starts").noconvert(), py::arg("num_threads"));
   m.def("pick_token", &pick_token, py::arg("logits").noconvert(), py::arg("history").noconvert(),

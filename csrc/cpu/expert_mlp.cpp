@@ -9,8 +9,8 @@
 namespace optmem {
 namespace {
 
-template <typename T>
-void check_job(const ExpertMlp<T>& job) {
+template <typename T, typename W>
+void check_job(const ExpertMlp<T, W>& job) {
   check(job.starts[0] == 0 && job.starts[job.experts] == job.pairs(), "expert_mlp: starts must run from 0 to ", job.pairs(),
         ", got ", job.starts[0], " to ", job.starts[job.experts]);
   for (int64_t e = 0; e < job.experts; ++e) {
@@ -47,8 +47,8 @@ struct Piece {
   int64_t expert, first;
 };
 
-template <typename T>
-std::vector<Piece> pieces_of(const ExpertMlp<T>& job) {
+template <typename T, typename W>
+std::vector<Piece> pieces_of(const ExpertMlp<T, W>& job) {
   std::vector<Piece> pieces;
   for (int64_t e = 0; e < job.experts; ++e) {
     if (job.starts[e] == job.starts[e + 1]) continue;
@@ -58,33 +58,34 @@ std::vector<Piece> pieces_of(const ExpertMlp<T>& job) {
 }
 
 // inner[i] = silu(gate) * up for the expert's pairs and the piece's columns; tokens[i] is the row of x of the i-th pair in order.
-template <typename T>
-void project_in(const ExpertMlp<T>& job, const DotKernel<T>& kernel, Piece piece, const T* const* tokens, T* inner) {
-  const int64_t rows = std::min(kChunk, job.width - piece.first), end = job.starts[piece.expert + 1];
-  const T* gate_rows = job.gate_up + (piece.expert * 2 * job.width + piece.first) * job.hidden;
-  const T* up_rows = gate_rows + job.width * job.hidden;
+template <typename T, typename W>
+void project_in(const ExpertMlp<T, W>& job, const DotKernel<T, W>& kernel, Piece piece, const T* const* tokens, T* inner) {
+  const int64_t rows = std::min(kChunk, job.width - piece.first);
+  const int64_t gate_row = piece.expert * 2 * job.width + piece.first, end = job.starts[piece.expert + 1];
+  const ChunkRows<W> gate_rows = rows_from(job.gate_up, job.gate_up_scales, gate_row, rows, job.hidden);
+  const ChunkRows<W> up_rows = rows_from(job.gate_up, job.gate_up_scales, gate_row + job.width, rows, job.hidden);
   const auto apply = OPTMEM_DISPATCH(Finish<T>::gate);
   float gate[kChunk * kDotTokens], up[kChunk * kDotTokens];
   for (int64_t i = job.starts[piece.expert]; i < end; i += kernel.tokens) {
     const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, end - i));
-    dot_chunk(kernel, gate_rows, rows, job.hidden, job.hidden, tokens + i, count, gate);
-    dot_chunk(kernel, up_rows, rows, job.hidden, job.hidden, tokens + i, count, up);
+    dot_rows(kernel, gate_rows, tokens + i, count, gate);
+    dot_rows(kernel, up_rows, tokens + i, count, up);
     for (int m = 0; m < count; ++m) apply(gate + kChunk * m, up + kChunk * m, rows, inner + (i + m) * job.width + piece.first);
   }
 }
 
 // Columns first .. first + kChunk of out, for all tokens and experts.  sums is [tokens, kChunk] and zero.
-template <typename T>
-void project_out(const ExpertMlp<T>& job, const DotKernel<T>& kernel, int64_t first, const T* const* inner, float* sums) {
+template <typename T, typename W>
+void project_out(const ExpertMlp<T, W>& job, const DotKernel<T, W>& kernel, int64_t first, const T* const* inner, float* sums) {
   const int64_t rows = std::min(kChunk, job.hidden - first);
   const auto add = OPTMEM_DISPATCH(Finish<T>::add);
   const auto store = OPTMEM_DISPATCH(Finish<T>::store);
   float dots[kChunk * kDotTokens] = {};
   for (int64_t e = 0; e < job.experts; ++e) {
-    const T* down_rows = job.down + (e * job.hidden + first) * job.width;
+    const ChunkRows<W> down_rows = rows_from(job.down, job.down_scales, e * job.hidden + first, rows, job.width);
     for (int64_t i = job.starts[e]; i < job.starts[e + 1]; i += kernel.tokens) {
       const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.starts[e + 1] - i));
-      dot_chunk(kernel, down_rows, rows, job.width, job.width, inner + i, count, dots);
+      dot_rows(kernel, down_rows, inner + i, count, dots);
       for (int m = 0; m < count; ++m) {
         const int32_t pair = job.order[i + m];
         add(dots + kChunk * m, job.weights[pair], sums + pair / job.top_k * kChunk);
@@ -96,10 +97,10 @@ void project_out(const ExpertMlp<T>& job, const DotKernel<T>& kernel, int64_t fi
 
 }  // namespace
 
-template <typename T>
-void expert_mlp(const ExpertMlp<T>& job, int num_threads) {
+template <typename T, typename W>
+void expert_mlp(const ExpertMlp<T, W>& job, int num_threads) {
   check_job(job);
-  const DotKernel<T> kernel = dot_kernel<T>();
+  const DotKernel<T, W> kernel = dot_kernel<T, W>();
   const std::vector<Piece> pieces = pieces_of(job);
   std::vector<T> inner(job.pairs() * job.width);
   std::vector<const T*> inner_rows(job.pairs()), x_rows(job.pairs());
@@ -123,5 +124,7 @@ void expert_mlp(const ExpertMlp<T>& job, int num_threads) {
 
 template void expert_mlp(const ExpertMlp<Bf16>&, int);
 template void expert_mlp(const ExpertMlp<float>&, int);
+template void expert_mlp(const ExpertMlp<Bf16, int8_t>&, int);
+template void expert_mlp(const ExpertMlp<float, int8_t>&, int);
 
 }  // namespace optmem

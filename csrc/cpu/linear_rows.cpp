@@ -20,19 +20,20 @@ struct Store {
 
 }  // namespace
 
-template <typename T, typename Out>
-void linear_rows(const LinearRows<T, Out>& job, int num_threads) {
-  const DotKernel<T> kernel = dot_kernel<T>();
+template <typename T, typename Out, typename W>
+void linear_rows(const LinearRows<T, Out, W>& job, int num_threads) {
+  const DotKernel<T, W> kernel = dot_kernel<T, W>();
   const auto store = OPTMEM_DISPATCH(Store<Out>::store);
   std::vector<const T*> tokens(job.tokens);
   for (int64_t t = 0; t < job.tokens; ++t) tokens[t] = job.x + t * job.in;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (int64_t first = 0; first < job.rows; first += kChunk) {
     const int64_t rows = std::min(kChunk, job.rows - first);
+    const ChunkRows<W> chunk = rows_from(job.weight, job.scales, first, rows, job.in);
     float sums[kChunk * kDotTokens];
     for (int64_t t = 0; t < job.tokens; t += kernel.tokens) {
       const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.tokens - t));
-      dot_chunk(kernel, job.weight + first * job.in, rows, job.in, job.in, &tokens[t], count, sums);
+      dot_rows(kernel, chunk, &tokens[t], count, sums);
       for (int m = 0; m < count; ++m) store(sums + kChunk * m, rows, job.out + (t + m) * job.rows + first);
     }
   }
@@ -41,5 +42,8 @@ void linear_rows(const LinearRows<T, Out>& job, int num_threads) {
 template void linear_rows(const LinearRows<Bf16, Bf16>&, int);
 template void linear_rows(const LinearRows<Bf16, float>&, int);
 template void linear_rows(const LinearRows<float, float>&, int);
+template void linear_rows(const LinearRows<Bf16, Bf16, int8_t>&, int);
+template void linear_rows(const LinearRows<Bf16, float, int8_t>&, int);
+template void linear_rows(const LinearRows<float, float, int8_t>&, int);
 
 }  // namespace optmem

@@ -26,7 +26,16 @@ FIDELITY = "fidelity.json"
 MAX_FIDELITY = 16 << 20  # bytes
 COLDEST, HOTTEST = 0.01, 100.0
 _ASSEMBLY = ("image_newline", "view_seperator")  # put among the tokens later: what is stored does not depend on them
+INT8 = "int8"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What a model is held as."""
+
+    dtype: torch.dtype | None  # of activations and weights; None is what is stored
+    is_int8: bool = False  # the decoder's matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +124,18 @@ def choose_device(device: torch.device | str) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
-    """A type by its name; None, what is stored, for "auto"."""
+def choose_precision(dtype: torch.dtype | str, device: torch.device) -> Precision:
+    """What a name means on a device.  Raises InputError for what is no such name, and for int8 on a GPU."""
     if dtype == "auto":
-        return None
+        return Precision(None)
+    if dtype == INT8:
+        if device.type != "cpu":
+            raise InputError(f"dtype int8 is for a CPU, not for {device}: give device='cpu', or another dtype")
+        return Precision(fast_dtype(device), is_int8=True)
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in _DTYPES.values():
-        raise InputError(f"dtype must be auto, {', '.join(_DTYPES)}, got {dtype!r}")
-    return chosen
+        raise InputError(f"dtype must be auto, {', '.join(_DTYPES)} or {INT8}, got {dtype!r}")
+    return Precision(chosen)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,7 @@ import torch
 from optmem.engine.checkpoint import (
     Temperatures,
     choose_device,
-    choose_dtype,
+    choose_precision,
     encoder_fingerprint,
     find_checkpoint,
     load_model,
@@ -40,6 +40,7 @@ from optmem.errors import InputError
 from optmem.images import as_image, is_whole
 from optmem.items import in_parts, mapped, watched
 from optmem.model.model import Model
+from optmem.model.quantize import quantize
 from optmem.pixels import Mode, make_views
 
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
@@ -79,13 +80,21 @@ class Engine:
         """An engine from a checkpoint that is shipped ("nano"), or from a folder in the hub layout.
 
         device   "auto" is a GPU where there is one
-        dtype    "auto" is what is stored, but fp32 on a CPU that multiplies it in software: `optmem env` says which
+        dtype    "auto" is what is stored, but fp32 on a CPU that multiplies it in software: `optmem env` says which.
+                 "int8", on a CPU, holds the decoder's matrices as int8, with a scale for every row, and all else in the type
+                 that is fast here: half the memory of bf16, and tokens as much faster as their weights are read from memory.
+                 Such a model cannot be saved
 
-        Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model.
+        Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model,
+        InputError for int8 on a GPU.
         """
-        folder, place, chosen = find_checkpoint(name), choose_device(device), choose_dtype(dtype)
-        model = load_model(folder, place, chosen)
-        return cls(model, read_temperatures(folder, model))
+        folder, place = find_checkpoint(name), choose_device(device)
+        precision = choose_precision(dtype, place)
+        model = load_model(folder, place, precision.dtype)
+        temperatures = read_temperatures(folder, model)  # compares the weights that are stored
+        if precision.is_int8:
+            quantize(model.decoder)
+        return cls(model, temperatures)
 
     @property
     def device(self) -> torch.device:

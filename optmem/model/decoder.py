@@ -5,6 +5,7 @@ of experts; UL's is the same with a window behind the prompt.
     logits = lm_head(norm(x))
 
 Every parameter has the name that it has in a checkpoint, but for the packed experts (layout.py), and none is trained here.
+The matrices may be held as int8, with a scale for every row (quantize.py).
 On CPU a token's numbers do not depend on its batch mates or on how a prompt is cut into chunks, bit for bit.
 """
 
@@ -29,13 +30,17 @@ def _parameter(*shape: int) -> nn.Parameter:
 class Linear(nn.Module):
     """x weight^T; no layer of the decoder has a bias."""
 
+    weight: Tensor
+    scales: Tensor | None  # fp32 [out]  of a weight of int8
+
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.weight = _parameter(width_out, width_in)
+        self.register_buffer("scales", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
-        return ops.linear_rows(x, self.weight)
+        return ops.linear_rows(x, self.weight, scales=self.scales)
 
 
 class Attention(nn.Module):
@@ -87,14 +92,23 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts of a layer, packed."""
 
+    gate_up: Tensor
+    down: Tensor
+    gate_up_scales: Tensor | None  # fp32 [E, 2 * F]  of weights of int8
+    down_scales: Tensor | None  # fp32 [E, D]
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_up = _parameter(config.experts, 2 * config.expert_width, config.hidden)
         self.down = _parameter(config.experts, config.hidden, config.expert_width)
+        self.register_buffer("gate_up_scales", None)
+        self.register_buffer("down_scales", None)
 
     def forward(self, x: Tensor, routing: ops.Routing) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        return ops.expert_mlp(x, self.gate_up, self.down, routing)
+        gate_up, down = self.gate_up_scales, self.down_scales
+        scales = None if gate_up is None or down is None else ops.ExpertScales(gate_up, down)
+        return ops.expert_mlp(x, self.gate_up, self.down, routing, scales)
 
 
 class MixtureOfExperts(nn.Module):
@@ -164,8 +178,13 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, which the cache and the embeddings share."""
-        return self.lm_head.weight.dtype
+        """The type of embeddings, activations and cache, and of all weights that are not quantised."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the matrices are held as int8."""
+        return self.lm_head.scales is not None
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [T] -> [T, hidden].  Raises InputError where an id is not in the vocabulary."""
@@ -195,7 +214,7 @@ class Decoder(nn.Module):
         return self.model.norm.add(x, pending)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, hidden] -> fp32 [T, vocab]: rounded to the weights' type first, as the references do, so that ties are theirs."""
+        """[T, hidden] -> fp32 [T, vocab]: rounded to the activations' type first, as the references do, so that ties are theirs."""
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
 

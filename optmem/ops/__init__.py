@@ -6,17 +6,15 @@ graphs all understand.  What the operator means is written in reference.py; the 
 
 from optmem.ops.decoding import (
     PAGE_UNIT,
-    Routing,
     add_rms_norm,
-    expert_mlp,
     linear_rows,
     paged_attention,
     rms_norm,
     rope_cache,
-    route,
     silu_mul,
 )
 from optmem.ops.drawing import MAX_SIDE, draw_text, resample
+from optmem.ops.experts import ExpertScales, Routing, expert_mlp, route
 from optmem.ops.picking import pick_token
 from optmem.ops.registry import Implementation, implementations
 from optmem.ops.vision import attention, compress, global_attention, patch_embed, window_attention
@@ -24,6 +22,7 @@ from optmem.ops.vision import attention, compress, global_attention, patch_embed
 __all__ = [
     "MAX_SIDE",
     "PAGE_UNIT",
+    "ExpertScales",
     "Implementation",
     "Routing",
     "add_rms_norm",

@@ -1,10 +1,8 @@
-"""Operators of the decoder: linear_rows, norms, rope_cache, paged_attention, route and expert_mlp."""
+"""Operators of the decoder: linear_rows, norms, rope_cache and paged_attention; those of its experts are in experts.py."""
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +17,9 @@ from optmem.ops.registry import (
     check_float,
     check_index,
     check_like,
+    check_place,
+    check_starts,
+    check_weights,
     cpp_for,
     cpp_or_reference,
     described,
@@ -26,47 +27,44 @@ from optmem.ops.registry import (
     torch_on_cuda,
 )
 
-
-def _check_place(operator: str, first: Tensor, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        check(tensor.device == first.device, f"{operator}: {name} must be on {first.device}, got {tensor.device}")
-
-
 # --- linear_rows ----------------------------------------------------------------------------------------------------------------
 
-library.define("linear_rows(Tensor x, Tensor weight, ScalarType dtype) -> Tensor")
+library.define("linear_rows(Tensor x, Tensor weight, ScalarType dtype, Tensor? scales=None) -> Tensor")
 
 
-def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, scales: Tensor | None = None) -> Tensor:
     """x weight^T, summed in fp32; on CPU a row's result does not depend on the other rows, bit for bit.
 
-    x       [T, in]     weight  [out, in] of the same type
+    x       [T, in]     weight  [out, in] of the same type, or of int8 with scales
     dtype               of the result: x's own, or torch.float32
+    scales  fp32 [out]  what a row of int8 is multiplied by
     -> [T, out]
     """
     check_float("linear_rows", "x", x, 2)
     if weight.dim() != 2:
         raise InputError(f"linear_rows: weight must be [out, {x.shape[1]}], got {list(weight.shape)}")
-    check_like("linear_rows", x, {"weight": (weight, [weight.shape[0], x.shape[1]])})
+    shape = [weight.shape[0], x.shape[1]]
+    check_weights("linear_rows", x, {"weight": (weight, shape)}, {} if scales is None else {"scales": (scales, shape[:1])})
     dtype = dtype or x.dtype
     if dtype not in (x.dtype, torch.float32):
         raise InputError(f"linear_rows: dtype must be {x.dtype} or torch.float32, got {dtype}")
-    rows: Tensor = torch.ops.optmem.linear_rows(x, weight, dtype)
+    rows: Tensor = torch.ops.optmem.linear_rows(x, weight, dtype, scales)
     return rows
 
 
 @torch.library.impl(library, "linear_rows", "CPU")
-def _linear_rows_cpu(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def linear_rows_cpu(x: Tensor, weight: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
     cpu = cpp_for(x)
     if cpu is None:
-        return reference.linear_rows(x, weight, dtype)
-    out: Tensor = _linear_rows_fake(x, weight, dtype)
-    cpu.linear_rows(as_array(x), as_array(weight), as_array(out), torch.get_num_threads())
+        return reference.linear_rows(x, weight, dtype, scales)
+    out: Tensor = _linear_rows_fake(x, weight, dtype, scales)
+    matrix = (weight,) if scales is None else (weight, scales)
+    cpu.linear_rows(as_array(x), *map(as_array, matrix), as_array(out), torch.get_num_threads())
     return out
 
 
 @torch.library.register_fake("optmem::linear_rows")
-def _linear_rows_fake(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _linear_rows_fake(x: Tensor, weight: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
@@ -205,7 +203,7 @@ def rope_cache(
     wanted |= {"key_cache": (key_cache, cache_shape), "value_cache": (value_cache, cache_shape)}
     check_like("rope_cache", queries, wanted)
     check_index("rope_cache", "slots", slots, torch.int64, [tokens])
-    _check_place("rope_cache", queries, slots=slots)
+    check_place("rope_cache", queries, slots=slots)
     for name, tensor in (("queries", queries), ("key_cache", key_cache), ("value_cache", value_cache)):
         check(tensor.is_contiguous(), f"rope_cache: {name} is written in place and must be contiguous")
     with as_input_error():
@@ -318,7 +316,7 @@ def paged_attention(
     check_index("paged_attention", "starts", starts, torch.int64, [sequences + 1])
     for name, tensor in (("lengths", lengths), ("prompts", prompts)):
         check_index("paged_attention", name, tensor, torch.int64, [sequences])
-    _check_place("paged_attention", queries, table=table, starts=starts, lengths=lengths, prompts=prompts)
+    check_place("paged_attention", queries, table=table, starts=starts, lengths=lengths, prompts=prompts)
     check(window is None or window > 0, f"paged_attention: window must be positive or None, got {window}")
     with as_input_error():
         out: Tensor = torch.ops.optmem.paged_attention(queries, keys, values, table, starts, lengths, prompts, window or 0, scale)
@@ -361,7 +359,7 @@ def _paged_attention_checked(
     """The reference, behind the checks that the native code makes."""
     pages, page_size = keys.shape[:2]
     edges, named = starts.tolist(), table.cpu()
-    _check_starts("paged_attention", edges, queries.shape[0], "sequence")
+    check_starts("paged_attention", edges, queries.shape[0], "sequence")
     for b, (length, prompt) in enumerate(zip(lengths.tolist(), prompts.tolist(), strict=True)):
         count = edges[b + 1] - edges[b]
         check(count <= length, f"paged_attention: sequence {b} asks with {count} tokens of {length}")
@@ -377,13 +375,6 @@ def _paged_attention_checked(
         if outside:
             raise InputError(f"paged_attention: sequence {b} names page {outside[0]} of {pages}")
     return reference.paged_attention(queries, keys, values, table, starts, lengths, prompts, window, scale)
-
-
-def _check_starts(operator: str, edges: list[int], count: int, owner: str) -> None:
-    ends = f"{edges[0]} to {edges[-1]}"
-    check(edges[0] == 0 and edges[-1] == count, f"{operator}: starts must run from 0 to {count}, got {ends}")
-    for at, (start, end) in enumerate(pairwise(edges)):
-        check(start <= end, f"{operator}: starts must not decrease, but do at {owner} {at}")
 
 
 @torch.library.register_fake("optmem::paged_attention")
@@ -403,119 +394,3 @@ def _paged_attention_fake(
 
 described.append(cpp_or_reference("paged_attention"))
 described.append(partial(torch_on_cuda, "paged_attention"))
-
-
-# --- route ----------------------------------------------------------------------------------------------------------------------
-
-library.define("route(Tensor x, Tensor weight, int top_k) -> (Tensor, Tensor, Tensor, Tensor)")
-
-
-class Routing(NamedTuple):
-    """Which experts every token goes to.  A pair is token * top_k + slot."""
-
-    ids: Tensor  # int32 [T, top_k]   the likeliest expert first, of equals the lower id
-    weights: Tensor  # fp32 [T, top_k]   their softmax over all experts, not renormalised
-    order: Tensor  # int32 [T * top_k]  the pairs, by expert
-    starts: Tensor  # int32 [E + 1]     expert e owns order[starts[e]] .. order[starts[e + 1]]
-
-
-def route(x: Tensor, weight: Tensor, top_k: int) -> Routing:
-    """Choose experts: logits x weight^T and softmax in fp32, the top_k likeliest, greedily.
-
-    x [T, D], weight [E, D] of the same type
-    """
-    check_float("route", "x", x, 2)
-    check(weight.dim() == 2, f"route: weight must be [E, {x.shape[1]}], got {list(weight.shape)}")
-    check_like("route", x, {"weight": (weight, [weight.shape[0], x.shape[1]])})
-    check(1 <= top_k <= weight.shape[0], f"route: top_k must be 1 to {weight.shape[0]}, got {top_k}")
-    return Routing(*torch.ops.optmem.route(x, weight, top_k))
-
-
-@torch.library.impl(library, "route", "CPU")
-def _route_cpu(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cpu = cpp_for(x)
-    if cpu is None:
-        return reference.route(x, weight, top_k)
-    scores = _linear_rows_cpu(x, weight, torch.float32)
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = _route_fake(x, weight, top_k)
-    cpu.route(as_array(scores), *map(as_array, out), torch.get_num_threads())
-    return out
-
-
-@torch.library.register_fake("optmem::route")
-def _route_fake(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, wide = (x.shape[0], top_k), torch.float64 if x.dtype == torch.float64 else torch.float32
-    ids, weights = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=wide)
-    order = x.new_empty((x.shape[0] * top_k,), dtype=torch.int32)
-    return ids, weights, order, x.new_empty((weight.shape[0] + 1,), dtype=torch.int32)
-
-
-torch.library.impl(library, "route", "CUDA")(reference.route)
-described.append(cpp_or_reference("route"))
-described.append(partial(torch_on_cuda, "route"))
-
-
-# --- expert_mlp -----------------------------------------------------------------------------------------------------------------
-
-library.define("expert_mlp(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor order, Tensor starts) -> Tensor")
-
-
-def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    """Every token through its experts: sum of weight * down(silu(gate(x)) * up(x)), in fp32, rounded once.
-
-    x        [T, D]
-    gate_up  [E, 2 * F, D]    an expert's gate rows, then its up rows
-    down     [E, D, F]
-    -> [T, D]
-
-    On CPU a token's result does not depend on the others, bit for bit.
-    """
-    check_float("expert_mlp", "x", x, 2)
-    check(down.dim() == 3, f"expert_mlp: down must be [E, {x.shape[1]}, F], got {list(down.shape)}")
-    tokens, hidden = x.shape
-    experts, _, width = down.shape
-    shapes = {"gate_up": (gate_up, [experts, 2 * width, hidden]), "down": (down, [experts, hidden, width])}
-    check_like("expert_mlp", x, shapes)
-    check(
-        routing.weights.dim() == 2 and routing.weights.shape[0] == tokens and routing.weights.shape[1] > 0,
-        f"expert_mlp: weights must be [{tokens}, top_k], got {list(routing.weights.shape)}",
-    )
-    weights_type = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check(routing.weights.dtype == weights_type, f"expert_mlp: weights must be {weights_type}, got {routing.weights.dtype}")
-    check_index("expert_mlp", "order", routing.order, torch.int32, [routing.weights.numel()])
-    check_index("expert_mlp", "starts", routing.starts, torch.int32, [experts + 1])
-    _check_place("expert_mlp", x, weights=routing.weights, order=routing.order, starts=routing.starts)
-    with as_input_error():
-        out: Tensor = torch.ops.optmem.expert_mlp(x, gate_up, down, routing.weights, routing.order, routing.starts)
-    return out
-
-
-@torch.library.impl(library, "expert_mlp", "CPU")
-def _expert_mlp_cpu(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    cpu = cpp_for(x)
-    inputs = (x, gate_up, down, weights, order, starts)
-    if cpu is None:
-        return _expert_mlp_checked(*inputs)
-    out = x.new_empty(x.shape)
-    cpu.expert_mlp(*map(as_array, inputs), as_array(out), torch.get_num_threads())
-    return out
-
-
-@torch.library.impl(library, "expert_mlp", "CUDA")
-def _expert_mlp_checked(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """The reference, behind the checks that the native code makes."""
-    pairs = weights.numel()
-    _check_starts("expert_mlp", starts.tolist(), pairs, "expert")
-    outside = order[(order < 0) | (order >= pairs)].tolist()
-    if outside:
-        raise InputError(f"expert_mlp: order names pair {outside[0]} of {pairs}")
-    return reference.expert_mlp(x, gate_up, down, weights, order, starts)
-
-
-@torch.library.register_fake("optmem::expert_mlp")
-def _expert_mlp_fake(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-described.append(cpp_or_reference("expert_mlp"))
-described.append(partial(torch_on_cuda, "expert_mlp"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -126,15 +127,26 @@ def as_array(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def check_like(operator: str, first: Tensor, wanted: dict[str, tuple[Tensor, list[int]]]) -> None:
-    """Every tensor has the first one's type and device, and the shape given for it."""
-    dtype, device = first.dtype, first.device
+Wanted = dict[str, tuple[Tensor, list[int]]]  # name -> a tensor and its shape
+
+
+def check_like(operator: str, first: Tensor, wanted: Wanted, dtype: torch.dtype | None = None) -> None:
+    """Every tensor has the first one's device, its type or the one that is given, and the shape given for it."""
+    dtype, device = dtype or first.dtype, first.device
     for name, (tensor, shape) in wanted.items():
         if tensor.dtype == dtype and tensor.device == device and list(tensor.shape) == shape:
             continue  # before any message is made: this runs for every operator of every pass
         check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype}, got {tensor.dtype}")
         check(tensor.device == device, f"{operator}: {name} must be on {device}, got {tensor.device}")
         check(list(tensor.shape) == shape, f"{operator}: {name} must be {shape}, got {list(tensor.shape)}")
+
+
+def check_weights(operator: str, first: Tensor, weights: Wanted, scales: Wanted) -> None:
+    """Weights of the first tensor's type, or of int8 where there are scales, which are fp32."""
+    if not scales:
+        return check_like(operator, first, weights)
+    check_like(operator, first, weights, torch.int8)
+    return check_like(operator, first, scales, torch.float32)
 
 
 def check_float(operator: str, name: str, tensor: Tensor, dims: int) -> None:
@@ -147,6 +159,18 @@ def check_index(operator: str, name: str, tensor: Tensor, dtype: torch.dtype, sh
     if not (tensor.dtype == dtype and list(tensor.shape) == shape):
         check(tensor.dtype == dtype, f"{operator}: {name} must be {dtype}, got {tensor.dtype}")
         check(list(tensor.shape) == shape, f"{operator}: {name} must be {shape}, got {list(tensor.shape)}")
+
+
+def check_place(operator: str, first: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        check(tensor.device == first.device, f"{operator}: {name} must be on {first.device}, got {tensor.device}")
+
+
+def check_starts(operator: str, edges: list[int], count: int, owner: str) -> None:
+    ends = f"{edges[0]} to {edges[-1]}"
+    check(edges[0] == 0 and edges[-1] == count, f"{operator}: starts must run from 0 to {count}, got {ends}")
+    for at, (start, end) in enumerate(pairwise(edges)):
+        check(start <= end, f"{operator}: starts must not decrease, but do at {owner} {at}")
 
 
 @contextmanager

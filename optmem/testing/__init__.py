@@ -97,8 +97,15 @@ def guarded(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> I
     assert buffer[BAND + out.numel() :].isnan().all(), "something was written behind the output"
 
 
+def _filling(dtype: torch.dtype, byte: int) -> float:
+    """NaN, or a byte, which int8 reads as a negative number."""
+    if dtype.is_floating_point:
+        return torch.nan
+    return byte - 256 if dtype == torch.int8 else byte
+
+
 def _between_bands(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    filling = torch.nan if tensor.dtype.is_floating_point else 0xA5
+    filling = _filling(tensor.dtype, 0xA5)
     buffer = torch.full((tensor.numel() + 2 * BAND,), filling, dtype=tensor.dtype, device=tensor.device)
     inside = buffer[BAND : BAND + tensor.numel()].view(tensor.shape)
     return buffer, inside.copy_(tensor)
@@ -169,7 +176,7 @@ def compress_inputs(
 
 def every_other(tensor: Tensor) -> Tensor:
     """The same values, one cell apart, with 255 or NaN between them."""
-    filling = torch.nan if tensor.dtype.is_floating_point else 255
+    filling = _filling(tensor.dtype, 255)
     wide = torch.full((*tensor.shape, 2), filling, dtype=tensor.dtype, device=tensor.device)
     wide[..., 0] = tensor
     return wide[..., 0]
