@@ -26,12 +26,29 @@ def build_oracle(model: Model) -> Any:
     with torch.device("meta"):
         whole = _build(model.config, model.decoder.dtype).eval()
     weights = {f"model.{name}": value for name, value in to_transformers(model.encoder.state_dict()).items()}
+    whole.load_state_dict(weights | _decoder_weights(model), strict=True, assign=True)
+    _fill_buffers(whole)
+    return whole
+
+
+def build_decoder_oracle(model: Model) -> Any:
+    """The same without a vision tower, for embeddings alone: of nano, whose encoder transformers has not."""
+    with torch.device("meta"):
+        whole = _build(model.config, model.decoder.dtype).eval()
+    for name in ("vision_tower", "multi_modal_projector", "image_newline", "view_separator"):
+        if hasattr(whole.model, name):
+            delattr(whole.model, name)
+    whole.load_state_dict(_decoder_weights(model), strict=True, assign=True)
+    _fill_buffers(whole)
+    return whole
+
+
+def _decoder_weights(model: Model) -> dict[str, Tensor]:
+    weights = {}
     for name, value in model.decoder.state_dict().items():
         packed = f"{name}_proj" if name.endswith((".experts.gate_up", ".experts.down")) else name
         weights[packed.replace("model.", "model.language_model.", 1)] = value
-    whole.load_state_dict(weights, strict=True, assign=True)
-    _fill_buffers(whole)
-    return whole
+    return weights
 
 
 def _build(config: ModelConfig, dtype: torch.dtype) -> Any:
