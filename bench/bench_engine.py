@@ -4,8 +4,8 @@
     draft          what a glance proposes is verified: few passes, each of up to 1,024 tokens
     one row        a pass of one token, where the overhead weighs most
 
-Reading is timed as users call it (`Engine.decode`), the operators by a clock around the decoder's forward pass and its logits, the
-glance, and `pick_token`.  The bar is 5 % of a pass of many rows.
+Steps of the engine's loop are timed while users' calls run (`Engine.decode`), and in them the operators: the decoder's forward
+pass, its logits, and `pick_token`.  The bar is 5 % of a step of many rows.
 
     OPTMEM_PAGES=4     pages instead of 16
 """
@@ -17,6 +17,7 @@ from statistics import median
 import pytest
 
 from optmem import Engine, ops, paginate
+from optmem.engine.loop import Loop
 
 PAGES = int(os.environ.get("OPTMEM_PAGES", "16"))
 ROUNDS = 3
@@ -24,23 +25,32 @@ WAYS = {"plain": {"draft": None}, "draft": {"draft": "glance"}, "one row": {"dra
 
 
 class Clock:
-    """Seconds inside the model's operators."""
+    """Seconds of the loop's steps, and of the operators in them."""
 
     def __init__(self, model, monkeypatch):
-        self.seconds = 0.0
+        self.seconds = dict.fromkeys(("step", "forward", "logits", "pick_token"), 0.0)
         self.passes = 0
-        for owner, name in ((model.decoder, "forward"), (model.decoder, "logits"), (model.glance, "read"), (ops, "pick_token")):
-            monkeypatch.setattr(owner, name, self.timed(getattr(owner, name), name == "forward" and owner is model.decoder))
+        for owner, name in ((Loop, "step"), (model.decoder, "forward"), (model.decoder, "logits"), (ops, "pick_token")):
+            monkeypatch.setattr(owner, name, self.timed(getattr(owner, name), name))
 
-    def timed(self, act, counts):
+    def timed(self, act, name):
         def wrapped(*arguments, **settings):
             start = time.perf_counter()
             result = act(*arguments, **settings)
-            self.seconds += time.perf_counter() - start
-            self.passes += counts
+            self.seconds[name] += time.perf_counter() - start
+            self.passes += name == "forward"
             return result
 
         return wrapped
+
+    def start(self):
+        self.seconds, self.passes = dict.fromkeys(self.seconds, 0.0), 0
+
+    @property
+    def share(self):
+        """Of the steps, outside the operators."""
+        whole = self.seconds["step"]
+        return (2 * whole - sum(self.seconds.values())) / whole
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +74,9 @@ def bench_overhead(benchmark, monkeypatch, reading, way):
     shares = []
 
     def read():
-        clock.seconds, clock.passes, start = 0.0, 0, time.perf_counter()
+        clock.start()
         assert engine.decode(tokens, **WAYS[way]) == found
-        whole = time.perf_counter() - start
-        shares.append((whole - clock.seconds) / whole)
+        shares.append(clock.share)
 
     benchmark.pedantic(read, rounds=ROUNDS)
     benchmark.extra_info |= {"outside the operators": round(median(shares), 4), "passes": clock.passes, "pages": len(tokens)}

@@ -84,7 +84,7 @@ def as_image(source: object, *, name: str | None = None, max_pixels: int = MAX_P
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels)
     if _has(source, "image"):
-        given = source.image()  # type: ignore[attr-defined]
+        given = _drawn(source.image, name)  # type: ignore[attr-defined]
         if _has(given, "image"):  # perhaps itself, for ever
             raise InputError(f"{name}: image() must give a picture, got {type(given).__name__}, which has a method image() again")
         return as_image(given, name=name, max_pixels=max_pixels)
@@ -212,6 +212,16 @@ def _reader(head: bytes) -> Callable[[BinaryIO], Picture] | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return WebPImagePlugin.WebPImageFile
     return None
+
+
+def _drawn(image: Callable[[], object], name: str) -> object:
+    """What an object's own method gives; what it raises is this picture's fault and no other's."""
+    try:
+        return image()
+    except (OptmemError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(f"{name}: its image() failed with {type(error).__name__}") from error
 
 
 def _guarded(read: Callable[[], Result], name: str, wrong: str) -> Result:

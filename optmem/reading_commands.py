@@ -154,10 +154,12 @@ def ocr(
 
 def _raise_last(failed: Sequence[tuple[str, Exception]]) -> None:
     """Names what could not be read; the last of it decides the exit code."""
-    for name, error in failed[:-1]:
-        click.echo(f"optmem: {name}: {error}", err=True)
-    for name, last in failed[-1:]:
-        raise last if isinstance(last, OptmemError) else InputError(f"{name}: {last}")
+    for name, error in failed:
+        said = str(error)
+        click.echo(f"optmem: {said}" if name in said else f"optmem: {name}: {said}", err=True)
+    if failed:
+        last = failed[-1][1]
+        raise SystemExit(last.exit_code if isinstance(last, OptmemError) else InputError.exit_code)
 
 
 def _wanted(rows: str | None, prompt: str | None, max_tokens: int | None) -> Asked:

@@ -311,9 +311,7 @@ def expert_mlp(
 ) -> Tensor:
     """SwiGLU of every used expert over its tokens; sums in fp32, rounded once.  Shapes as in ops.expert_mlp."""
     sums = torch.zeros_like(_at_least_fp32(x))
-    if gate_up_scales is not None and down_scales is not None:
-        gate_up, down = scaled_rows(gate_up, gate_up_scales, sums.dtype), scaled_rows(down, down_scales, sums.dtype)
-    inside = gate_up.dtype
+    inside = gate_up.dtype if gate_up_scales is None else sums.dtype
     top_k = weights.shape[1]
     edges = starts.tolist()
     for expert, (start, end) in enumerate(itertools.pairwise(edges)):
@@ -321,9 +319,12 @@ def expert_mlp(
             continue
         pairs = order[start:end].long()
         tokens = pairs // top_k
-        gate, up = torch.nn.functional.linear(x[tokens].to(inside), gate_up[expert]).chunk(2, dim=-1)
+        into, out_of = gate_up[expert], down[expert]
+        if gate_up_scales is not None and down_scales is not None:
+            into, out_of = scaled_rows(into, gate_up_scales[expert], inside), scaled_rows(out_of, down_scales[expert], inside)
+        gate, up = torch.nn.functional.linear(x[tokens].to(inside), into).chunk(2, dim=-1)
         inner = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-        outputs = torch.nn.functional.linear(inner.to(inside), down[expert])
+        outputs = torch.nn.functional.linear(inner.to(inside), out_of)
         sums.index_add_(0, tokens, (outputs * weights.flatten()[pairs, None]).to(sums.dtype))
     return sums.to(x.dtype)
 

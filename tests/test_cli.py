@@ -195,6 +195,12 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_read(run, tmp
     assert (code, out) == (65, "1 page, 16 vision tokens in tokens\n")
     assert "a-bad.png" in err
     assert len(list((tmp_path / "tokens").iterdir())) == 1
+    (tmp_path / "pages" / "a-bad.png").unlink()
+    Image.new("L", (300, 200)).save(tmp_path / "pages" / "odd.png")
+    for command in ("ocr", "encode"):
+        code, _, err = run(command, "pages")
+        assert code == 65
+        assert err.startswith("optmem: odd.png: ")
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,9 @@ def test_one_pass_gives_the_distributions_that_symbols_were_chosen_from(nano, co
     logits = said_logits(nano.model.decoder, prefix, [row for row in reading.rows if row.ids], TOKENIZER)
     logprobs, ids = logits.log_softmax(-1).max(-1)
     assert ids.tolist() == [token for row in reading.rows for token in row.ids]
-    assert logprobs.tolist() == [logprob for row in reading.rows for logprob in row.logprobs[: len(row.ids)]]
+    assert logprobs.tolist() == pytest.approx(
+        [logprob for row in reading.rows for logprob in row.logprobs[: len(row.ids)]], abs=1e-5
+    )  # summed in another order
 
 
 def test_a_stretch_lies_in_the_text_and_reads_its_end(corpus):

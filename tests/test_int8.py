@@ -13,6 +13,7 @@ from optmem.errors import InputError
 from optmem.model.cache import Cache
 from optmem.model.config import DecoderConfig
 from optmem.model.decoder import Experts, Linear
+from optmem.model.model import Model
 from optmem.model.quantize import LARGEST, quantize, quantize_rows
 from optmem.model.random import random_decoder
 from optmem.testing import assert_close, assert_equal, available_isas, every_other, fenced, forced_isa, generator, guarded
@@ -336,3 +337,19 @@ def test_int8_is_for_a_cpu():
         choose_precision("int8", torch.device("cuda:0"))
     with pytest.raises(InputError, match="must be auto, bfloat16, float16, float32 or int8, got 'int4'"):
         choose_precision("int4", torch.device("cpu"))
+
+
+def test_what_cannot_be_quantised_changes_nothing():
+    model = Model.random("deepseek-ocr", scale=0.05)
+    last = model.decoder.model.layers[-1].mlp.experts.down
+    with torch.no_grad():
+        last[0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"experts\.down"):
+        quantize(model.decoder)
+    assert not model.decoder.is_quantized
+    assert all(parameter.dtype == torch.float32 for parameter in model.decoder.parameters())
+    with torch.no_grad():
+        last[0, 0, 0] = 0.0
+    quantize(model.decoder)
+    with pytest.raises(InputError, match="already"):
+        quantize(model.decoder)

@@ -77,8 +77,8 @@ Mass total(const Mass* parts, int64_t chunks, float temperature) {
 // The tokens that would end an n-gram of the window again and are not allowed, in rising order, each once.
 std::vector<int64_t> banned_tokens(const PickToken& job, int64_t row) {
   std::vector<int64_t> banned;
-  const int64_t before = job.guard_size[row] - 1;  // tokens of an n-gram in front of its last
   if (job.guard_size[row] <= 0 || job.guard_size[row] > job.length) return banned;
+  const int64_t before = job.guard_size[row] - 1;  // tokens of an n-gram in front of its last
   const int64_t *said = job.history + row * job.length, *end = said + job.length;
   const int64_t known = std::count_if(said, end, [](int64_t token) { return token >= 0; });
   const int64_t first = job.length - std::max<int64_t>(std::min(known, job.guard_window[row]), 0);

@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Unpack
 
 import torch
@@ -38,7 +38,7 @@ from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import InputError
 from optmem.images import as_image, is_whole
-from optmem.items import in_parts, mapped, watched
+from optmem.items import in_parts, watched
 from optmem.model.model import Model
 from optmem.model.quantize import quantize
 from optmem.pixels import Mode, make_views
@@ -117,8 +117,7 @@ class Engine:
         Raises ImageError for what cannot be read, InputError for a mode that the model does not have.
         """
         encoded: list[VisionTokens] = []
-        shown = mapped(partial(self._show, mode=mode), _pictures(images), ahead=PAGES_AT_ONCE)
-        for some in in_parts(shown, PAGES_AT_ONCE):
+        for some in in_parts((self._show(picture, mode) for picture in _pictures(images)), PAGES_AT_ONCE):
             encoded += self._encode(some)
         return encoded
 
@@ -128,7 +127,7 @@ class Engine:
         return [VisionTokens(tokens, each.mode, each.views.grid, encoder, each.picture) for tokens, each in found]
 
     def _show(self, picture: object, mode: Mode | str | None) -> Shown:
-        """A picture in its mode, from any thread; the picture itself, which may be a hundred times as large, is not held."""
+        """A picture in its mode; the picture itself, which may be a hundred times as large, is not held."""
         pixels = as_image(picture)
         height, width = pixels.shape[:2]
         chosen = choose_mode(self.model.config, mode, height, width)
@@ -187,7 +186,8 @@ class Engine:
         retries   a page that turns in circles is read again in the next larger mode, so often at most; `attempts` tells
         asked     as for decode, with one prompt
 
-        A picture that cannot be read gives a Completion with its error, and the others go on.
+        A picture that cannot be read gives a Completion with its error, and the others go on.  Pictures are taken ahead of
+        their answers, the first alone, then up to 64: whoever makes them must not wait for one.
         """
         if not (is_whole(retries) and retries >= 0):
             raise InputError(f"retries must be a whole number of at least 0, got {told(retries)}")

@@ -82,7 +82,8 @@ def options(
     temperature   0 is greedy; above, tokens are drawn, from the likeliest of mass top_p, the same ones for the same seed
     ngram_guard   what may not repeat; "auto" is what the family's public scripts use
     stop          texts that end an answer and are no part of it
-    timeout       seconds from the call, time in the queue counted; what was read until then comes back as "cancelled"
+    timeout       seconds of a page from when it is asked for (64 are at once), time in the queue counted; what was read until then
+                  comes back as "cancelled"
 
     Raises InputError for what cannot be.
     """

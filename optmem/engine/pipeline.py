@@ -1,7 +1,6 @@
 """`ocr`: pictures at one end, their texts at the other, in order; encoding and reading at the same time, in bounded memory.
 
-pictures ──> show ──> encode, ask ──> window ──> wait, read again if it turned in circles ──> texts
-           in threads
+pictures ──> show, encode, ask ──> window ──> wait, read again if it turned in circles ──> texts
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from optmem.engine.requests import Answer
 from optmem.engine.result import Attempt, Completion, failed
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import BackendError, OptmemError, shown
-from optmem.items import mapped
 from optmem.model.config import ModelConfig
 from optmem.pixels import Mode, Views
 
 WINDOW = 64  # pictures that are taken and not done
-AT_ONCE = 16  # that are encoded together, or shown ahead of that
+AT_ONCE = 16  # that are encoded together
 T = TypeVar("T")
 
 
@@ -82,16 +80,16 @@ class Pipeline:
         """Their texts.  Closing the iterator gives up what is on its way; what the pictures' own iterator raises comes last."""
         window: deque[_Page] = deque()
         source = _Source(pictures)
-        pages = mapped(partial(self._page, mode=mode), source.take(), ahead=AT_ONCE)
+        pages = (self._page(picture, mode) for picture in source.take())
         taken, is_over = 0, False
         try:
             while window or not is_over:
-                if len(window) + AT_ONCE <= WINDOW - AT_ONCE:
-                    new = list(islice(pages, min(AT_ONCE, max(1, taken))))  # the first picture waits for no second one
+                if len(window) + AT_ONCE <= WINDOW:
+                    new = list(islice(pages, min(AT_ONCE, max(1, taken))))  # the first is encoded without a second one
                     taken, is_over = taken + len(new), not new
                     window += new
                     self._begin(new)
-                while window and (is_over or window[0].is_ready or len(window) + AT_ONCE > WINDOW - AT_ONCE):
+                while window and (is_over or window[0].is_ready or len(window) + AT_ONCE > WINDOW):
                     yield self._end(window[0])
                     window.popleft()
         finally:

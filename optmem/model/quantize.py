@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optmem.errors import InputError
 from optmem.model.decoder import Decoder, Experts, Linear
+from optmem.model.tensor_file import all_finite
 
 LARGEST = 127  # -128 is not used: the grid is symmetric
 ROWS_AT_ONCE = 4096  # of a matrix: their fp32 copies are all that is held beside it
@@ -48,6 +49,9 @@ def quantize(decoder: Decoder) -> None:
         raise InputError(f"int8 weights are for a CPU, the decoder is on {device}")
     if decoder.is_quantized:
         raise InputError("the decoder's weights are quantised already")
+    for name, parameter in decoder.named_parameters():
+        if not all_finite(parameter):  # before any is changed
+            raise InputError(f"weights that are NaN or infinite cannot be quantised: {name}")
     for module in decoder.modules():
         if isinstance(module, Linear):
             _quantize(module, "weight", "scales")

@@ -116,16 +116,19 @@ def _say_escapes(given: Sequence[Given], forms: Sequence[Form]) -> None:
 
 def _teller(file: Path) -> Callable[[Cell], None]:
     """Writes every cell to a file of its own as soon as it is measured, and says its score where no bar is seen."""
-    file.unlink(missing_ok=True)
 
-    def tell(cell: Cell) -> None:
+    def write(mode: str, text: str) -> None:
         try:
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(asdict(cell)) + "\n")
+            with file.open(mode, encoding="utf-8") as lines:
+                lines.write(text)
         except OSError as error:
             raise OutputError(f"cannot write to {file.parent}: {error.strerror or error}") from None
+
+    def tell(cell: Cell) -> None:
+        write("a", json.dumps(asdict(cell)) + "\n")
         if not sys.stderr.isatty():
             score = "-" if cell.score is None else f"{cell.score:.4f}"
             click.echo(f"{cell.size}:{cell.cell}:{cell.side} {cell.kind} {score}", err=True)
 
+    write("w", "")
     return tell

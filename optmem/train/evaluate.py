@@ -162,6 +162,7 @@ def evaluate(
     watch    goes through the parts, for a progress bar
     tell     is given every cell as soon as it is measured
     """
+    weights = fingerprint(model.weights())  # refuses a quantised model, before hours of reading
     nano, evidence, parts = Nano.of(model), Evidence(), plan.parts()
     cells: list[Cell] = []
     for part in watch(parts):
@@ -171,7 +172,7 @@ def evaluate(
     checks, baselines = _controls(nano, plan, parts[0], corpus, reader)
     found = corpus.fingerprint if corpus is not None and plan.kinds else None
     return Fidelity(
-        fingerprint(model.weights()),
+        weights,
         found,
         plan.seed,
         plan.pages,
