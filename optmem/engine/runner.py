@@ -28,14 +28,12 @@ class Runner:
         """What those works are told that ask, one behind the other, `work.asked` tokens each."""
         batch = self.cache.batch([work.written for work in works], [work.count for work in works])
         hidden = self.decoder(self._embeddings(works), batch, self.cache)
-        rows, end = list[int](), 0
-        for work in works:
-            end += work.count
-            rows += range(end - work.asked, end)
-        if not rows:
+        asked = _asked(works)
+        if not asked:
             return Said([], [], [])
-        asked = hidden if len(rows) == end else hidden[torch.tensor(rows, device=hidden.device)]
-        return pick(self.decoder.logits(asked), _picks(works), confidence_temperature=self.temperature)
+        if len(asked) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(asked, device=hidden.device)]
+        return pick(self.decoder.logits(hidden), _picks(works), confidence_temperature=self.temperature)
 
     def _embeddings(self, works: Sequence[Work]) -> Tensor:
         """[T, hidden]: words from the table in one call, vectors of prompts in their places."""
@@ -52,5 +50,20 @@ class Runner:
         return embedded
 
 
+def _asked(works: Sequence[Work]) -> Sequence[int]:
+    """The tokens of a pass behind which one is picked."""
+    if all(work.asked == work.count for work in works):
+        return range(sum(work.count for work in works))
+    asked, end = list[int](), 0
+    for work in works:
+        end += work.count
+        asked += range(end - work.asked, end)
+    return asked
+
+
 def _picks(works: Sequence[Work]) -> list[Pick]:
-    return [Pick(work.speech.sampling, work.speech.ids, work.proposal, work.asked) for work in works if work.speech and work.asked]
+    """How every token is picked; nothing where all are the likeliest."""
+    asking = [(work.speech, work) for work in works if work.speech is not None and work.asked]
+    if all(speech.sampling.is_plain for speech, _ in asking):
+        return []
+    return [Pick(speech.sampling, speech.ids, work.proposal, work.asked) for speech, work in asking]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class Sampling:
     top_p: float = 1.0  # of the likeliest tokens, as many as have this mass together
     seed: int = 0
     guard: NgramGuard | None = None
+    is_plain: bool = field(init=False, repr=False)  # whether the likeliest token is picked, whatever was said before
 
     def __post_init__(self) -> None:
         if not (_is_number(self.temperature) and 0 <= self.temperature <= HOTTEST):
@@ -54,11 +55,7 @@ class Sampling:
             raise InputError(f"seed must be a whole number, got {told(self.seed)}")
         if self.guard is not None and not isinstance(self.guard, NgramGuard):
             raise InputError(f"ngram_guard must be an NgramGuard or None, got {type(self.guard).__name__}")
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the likeliest token is picked, whatever was said before."""
-        return self.temperature == 0 and self.guard is None
+        object.__setattr__(self, "is_plain", self.temperature == 0 and self.guard is None)
 
 
 GREEDY = Sampling()
@@ -107,9 +104,11 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float = 1.0) -> Said:
     """One token for every row of logits, fp32 [N, V]: id, log-probability, and probability at the temperature of confidence.
 
+    picks   of all rows, in their order; none where every row takes the likeliest token
+
     A row that holds NaN gives id -1.
     """
-    arguments = (_plain if all(each.sampling.is_plain for each in picks) else _arguments)(picks, logits.shape[0])
+    arguments = _arguments(picks, logits.shape[0]) if picks else _plain(logits.shape[0])
     most_guard = max((each.sampling.guard.size for each in picks if each.sampling.guard), default=0)
     is_sampled = any(each.sampling.temperature > 0 for each in picks)
     placed = [argument.to(logits.device) for argument in arguments]
@@ -119,7 +118,7 @@ def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float
     return Said(ids.tolist(), logprobs.tolist(), confidence.tolist())
 
 
-def _plain(picks: Sequence[Pick], rows: int) -> list[Tensor]:  # noqa: ARG001 - as _arguments
+def _plain(rows: int) -> list[Tensor]:
     """What pick_token wants to know of rows that ask for nothing."""
     nothing, zeros = torch.empty((rows, 0), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     numbers = torch.zeros(rows)

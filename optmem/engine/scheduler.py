@@ -122,11 +122,13 @@ class Scheduler:
         works: list[Work] = []
         left, pages = self.limits.tokens, 0
         share = left // max(len(self.running), 1) - 1
+        # Each takes a part of a page, and a copy of one, at most.
+        is_roomy = self.cache.num_free > left // self.cache.page_size + 2 * len(self.running)
         for speech in self.running:  # which gets shorter meanwhile, at its end: who gives way is younger than who goes on
             if left < 1 or (speech.written is None and not self._may_begin(speech, works)):
                 continue
             work = self._work(speech, left, share)
-            pages += work.most_pages
+            pages += 0 if is_roomy else work.most_pages
             if pages > self.cache.num_free and not self._make_room(works, work, speech):
                 if speech.written is not None and speech.written.length == speech.prefix.length:
                     speech.rest()  # a fork that fed nothing holds what others could use
@@ -211,6 +213,8 @@ class Scheduler:
             shared = prefix.written
             speech.written = self.cache.new_sequence(speech.prompt) if shared is None else shared.fork(speech.prompt)
         written, known = speech.written.length, speech.known
+        if written == known - 1 and speech.ids and speech.draft is None:
+            return Work(speech.written, None, speech.ids[-1:], speech, (), 1)  # what nearly all texts do in nearly all passes
         end = min(known, written + left)
         ids = speech.ids[max(written - speech.prompt, 0) : max(end - speech.prompt, 0)]
         vectors = speech.own[written - prefix.length : end - prefix.length] if written < speech.prompt else None

@@ -290,13 +290,14 @@ class Cache:
             held, unseen = _held(sequence.pages), sequence.unseen()
             assert len(sequence.pages) == -(-sequence.length // self.page_size), "a sequence has not the pages it needs"
             assert len(set(held)) == len(held), "a sequence has a page twice"
-            assert sequence.row().tolist() == sequence.pages, "a sequence's row is not of its pages"
             assert all(GONE <= page < len(self.users) for page in sequence.pages), "a sequence has a page that does not exist"
             assert all(at in unseen for at, page in enumerate(sequence.pages) if page == GONE), "a page that is seen was given back"
             assert all(sequence.pages[at] == GONE for at in sequence.gone()), "pages that were given back are not neighbours"
         users = Counter(page for sequence in sequences for page in _held(sequence.pages))
         assert self.users == [users[page] for page in range(len(self.users))], "users of a page are miscounted"
         assert sorted(self.free) == [page for page, count in enumerate(self.users) if count == 0], "a free page is used, or lost"
+        rows = all(sequence.row().tolist() == sequence.pages for sequence in sequences)
+        assert rows, "a sequence's row is not of its pages"
 
 
 def _held(pages: Iterable[int]) -> list[int]:
