@@ -5,6 +5,7 @@ import torch
 
 from optmem import ops, reference
 from optmem.errors import InputError
+from optmem.native import native
 from optmem.testing import assert_close, assert_equal, every_other, fenced, generator, window_attention_inputs
 
 CPU = torch.device("cpu")
@@ -135,4 +136,5 @@ def test_compiles_into_one_graph():
 
 def test_says_who_serves_it():
     rows = {row.device: row.name for row in ops.implementations() if row.operator == "window_attention"}
-    assert rows == {"cpu": "torch", "cuda": "reference"}
+    with_bf16 = native("_cpu").require().has_grid_attention(64)
+    assert rows == {"cpu": "cpp" if with_bf16 else "torch", "cuda": "reference"}

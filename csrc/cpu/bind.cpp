@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "cpu/bind_decoder.h"
+#include "cpu/bind_vision.h"
 #include "cpu/draw_text.h"
 #include "cpu/isa.h"
 #include "cpu/resample.h"
@@ -83,4 +84,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("resample_coefficients", &resample_coefficients, py::arg("size_in"), py::arg("size_out"),
         "Bounds int32 [out, 2] and weights int32 [out, taps] of one axis.");
   bind_decoder(m);
+  bind_vision(m);
 }

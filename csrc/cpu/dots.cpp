@@ -8,8 +8,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 
-#define OPTMEM_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
-
 namespace optmem {
 namespace {
 
@@ -114,7 +112,7 @@ OPTMEM_INLINE void dots_body(const W* weight, int64_t stride, int64_t in, const 
 }
 
 // The sums of four registers, side by side.
-OPTMEM_BF16 inline __m128 total4(__m512 a, __m512 b, __m512 c, __m512 d) {
+OPTMEM_AVX512_BF16 inline __m128 total4(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
@@ -124,24 +122,24 @@ OPTMEM_BF16 inline __m128 total4(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-OPTMEM_BF16 OPTMEM_INLINE __m512bh load_bf16(const Bf16* from, __mmask32 mask) {
+OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512bh load_bf16(const Bf16* from, __mmask32 mask) {
   return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
 
-OPTMEM_BF16 OPTMEM_INLINE __m512 floats_16(const int8_t* from, __mmask16 mask) {
+OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 floats_16(const int8_t* from, __mmask16 mask) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, from)));
 }
 
 // Every int8 is a bf16.  Looking their bytes up in two tables takes half the instructions, and no less time when the rows come
 // from memory.
-OPTMEM_BF16 OPTMEM_INLINE __m512bh load_bf16(const int8_t* from, __mmask32 mask) {
+OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512bh load_bf16(const int8_t* from, __mmask32 mask) {
   const __m512 low = floats_16(from, static_cast<__mmask16>(mask));
   return _mm512_cvtne2ps_pbh(floats_16(from + 16, static_cast<__mmask16>(mask >> 16)), low);
 }
 
 // Two products an instruction, summed in fp32.
 template <typename W, int kRows, int kTokens>
-OPTMEM_BF16 void dots_bf16(const W* weight, int64_t stride, int64_t in, const Bf16* const* tokens, float* sums) {
+OPTMEM_AVX512_BF16 void dots_bf16(const W* weight, int64_t stride, int64_t in, const Bf16* const* tokens, float* sums) {
   __m512 lanes[kDotRows][kTokens];
 #pragma GCC unroll 4
   for (int r = 0; r < kDotRows; ++r) {
@@ -260,8 +258,6 @@ DotKernel<Bf16, W> bf16_kernel(std::integer_sequence<int, kLess...>) {
 }
 
 using Tokens = std::make_integer_sequence<int, kDotTokens>;
-
-bool has_bf16() { return current_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16"); }
 
 }  // namespace
 

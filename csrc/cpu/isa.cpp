@@ -45,6 +45,8 @@ Isa current_isa() { return in_force().load(std::memory_order_relaxed); }
 
 void force_isa(const std::string& name) { in_force().store(capped(name)); }
 
+bool has_bf16() { return current_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16"); }
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512: return "avx512";

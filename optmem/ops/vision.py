@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from optmem import blockwise, reference
+from optmem.native import native
 from optmem.ops.registry import (
     Implementation,
+    as_array,
     check,
     check_same_kind,
+    cpp_for,
     described,
     differentiate,
     library,
@@ -184,8 +189,33 @@ def _check_grid(operator: str, qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor
     check_same_kind(operator, qkv=qkv, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w)
 
 
+def _grid_attention_for(qkv: Tensor, rel_pos_h: Tensor) -> ModuleType | None:
+    """optmem._cpu, where its attention over grids serves this type and width of a head."""
+    cpu = cpp_for(qkv) if qkv.dtype == torch.bfloat16 else None
+    return cpu if cpu is not None and cpu.has_grid_attention(rel_pos_h.shape[1]) else None
+
+
+def _in_cpp(cpu: ModuleType, qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    """Attention inside windows of the tables' sides."""
+    out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+    cpu.grid_attention(*map(as_array, (qkv, bias, rel_pos_h, rel_pos_w, out)), torch.get_num_threads())
+    return out
+
+
+def _grid_attention_served(operator: str) -> Implementation:
+    """bf16 in C++ where the instructions are; else, and for other types, plain torch in blocks."""
+    cpu = native("_cpu").module
+    if cpu is not None and cpu.has_grid_attention(64):
+        return Implementation(operator, "cpu", "cpp", "bf16 with heads of 16 to 64; else blockwise.py")
+    return Implementation(operator, "cpu", "torch", "blockwise.py, logits that stay in the cache")
+
+
 @torch.library.impl(library, "global_attention", "CPU")
 def _global_attention_cpu(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    cpu = _grid_attention_for(qkv, rel_pos_h)
+    if cpu is not None:
+        nothing_beyond = qkv.new_empty(qkv.shape[3])
+        return _in_cpp(cpu, qkv, nothing_beyond, rel_pos_h, rel_pos_w)
     return blockwise.global_attention(qkv, rel_pos_h, rel_pos_w)
 
 
@@ -200,7 +230,7 @@ def _global_attention_fake(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) ->
 
 
 differentiate("global_attention", reference.global_attention)
-described.append(lambda: Implementation("global_attention", "cpu", "torch", "blockwise.py, logits that stay in the cache"))
+described.append(lambda: _grid_attention_served("global_attention"))
 described.append(lambda: Implementation("global_attention", "cuda", "reference", "no kernel yet"))
 
 
@@ -235,6 +265,9 @@ def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Te
 
 @torch.library.impl(library, "window_attention", "CPU")
 def _window_attention_cpu(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    cpu = _grid_attention_for(qkv, rel_pos_h)
+    if cpu is not None:
+        return _in_cpp(cpu, qkv, bias, rel_pos_h, rel_pos_w)
     return blockwise.window_attention(qkv, bias, rel_pos_h, rel_pos_w)
 
 
@@ -249,7 +282,7 @@ def _window_attention_fake(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos
 
 
 differentiate("window_attention", reference.window_attention)
-described.append(lambda: Implementation("window_attention", "cpu", "torch", "blockwise.py, logits that stay in the cache"))
+described.append(lambda: _grid_attention_served("window_attention"))
 described.append(lambda: Implementation("window_attention", "cuda", "reference", "no kernel yet"))
 
 

@@ -1,0 +1,49 @@
+// The vision encoder's part of optmem._cpu.
+#include "cpu/bind_vision.h"
+
+#include "checks.h"
+#include "cpu/arrays.h"
+#include "cpu/grid_attention.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using optmem::Array;
+using optmem::Bf16;
+using optmem::check;
+using optmem::in;
+using optmem::side;
+
+// The side of the window that a table of relative positions is for.
+int64_t rows_of_table(const Array<Bf16>& table, int64_t dim, const char* name) {
+  const int64_t rows = side<Bf16>(table, 0, 2, name);
+  check(rows % 2 == 1 && table.shape(1) == dim, name, " must be [2 side - 1, ", dim, "]");
+  return (rows + 1) / 2;
+}
+
+void grid_attention(const Array<Bf16>& qkv, const Array<Bf16>& bias, const Array<Bf16>& rel_pos_h, const Array<Bf16>& rel_pos_w,
+                    Array<Bf16> result, int num_threads) {
+  optmem::check_threads(num_threads);
+  const int64_t grids = side<Bf16>(qkv, 0, 4, "qkv"), height = side<Bf16>(qkv, 1, 4, "qkv");
+  const int64_t width = side<Bf16>(qkv, 2, 4, "qkv"), channels = side<Bf16>(qkv, 3, 4, "qkv");
+  const int64_t dim = side<Bf16>(rel_pos_h, 1, 2, "rel_pos_h");
+  check(dim > 0 && channels > 0 && channels % (3 * dim) == 0, "qkv must have 3 * heads * ", dim, " channels, got ", channels);
+  const optmem::GridAttention job{in<Bf16>(qkv, grids * height * width * channels, "qkv"),
+                                  in<Bf16>(bias, channels, "bias"),
+                                  in<Bf16>(rel_pos_h, rel_pos_h.size(), "rel_pos_h"),
+                                  in<Bf16>(rel_pos_w, rel_pos_w.size(), "rel_pos_w"),
+                                  optmem::out<Bf16>(result, grids * height * width * channels / 3, "out"),
+                                  grids, height, width, channels / 3 / dim, dim,
+                                  rows_of_table(rel_pos_h, dim, "rel_pos_h"), rows_of_table(rel_pos_w, dim, "rel_pos_w")};
+  py::gil_scoped_release unlocked;
+  optmem::grid_attention(job, num_threads);
+}
+
+}  // namespace
+
+void bind_vision(py::module_& m) {
+  m.def("has_grid_attention", &optmem::has_grid_attention, py::arg("dim"), "Whether grid_attention serves heads of this width here.");
+  m.def("grid_attention", &grid_attention, py::arg("qkv").noconvert(), py::arg("bias").noconvert(),
+        py::arg("rel_pos_h").noconvert(), py::arg("rel_pos_w").noconvert(), py::arg("out").noconvert(), py::arg("num_threads"));
+}
