@@ -88,7 +88,7 @@ def test_small_and_large_logits_are_finite(size):
     assert out.isfinite().all()
     # A weighted mean of values lies among them, the padding's included.
     values = torch.cat([qkv[..., 128:].reshape(-1, 64), rest[0][None, 128:]])
-    assert (out <= values.max()).all() and (out >= values.min()).all()
+    assert values.min() <= out.min() <= out.max() <= values.max()
 
 
 def test_other_instruction_sets_take_the_blocks_of_torch():

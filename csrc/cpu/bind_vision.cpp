@@ -1,9 +1,15 @@
 // The vision encoder's part of optmem._cpu.
 #include "cpu/bind_vision.h"
 
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+
 #include "checks.h"
 #include "cpu/arrays.h"
 #include "cpu/grid_attention.h"
+#include "cpu/linear.h"
 
 namespace py = pybind11;
 
@@ -40,10 +46,33 @@ void grid_attention(const Array<Bf16>& qkv, const Array<Bf16>& bias, const Array
   optmem::grid_attention(job, num_threads);
 }
 
+optmem::Activation activation_of(const std::string& name) {
+  if (name == "none") return optmem::Activation::none;
+  if (name == "gelu") return optmem::Activation::gelu;
+  check(name == "quick_gelu", "activation must be none, gelu or quick_gelu, got '", name, "'");
+  return optmem::Activation::quick_gelu;
+}
+
+void linear(const Array<Bf16>& x, const Array<Bf16>& weight, const std::optional<Array<Bf16>>& bias, Array<Bf16> result,
+            const std::string& activation, int num_threads) {
+  optmem::check_threads(num_threads);
+  const int64_t rows = side<Bf16>(x, 0, 2, "x"), inputs = side<Bf16>(x, 1, 2, "x"), columns = side<Bf16>(weight, 0, 2, "weight");
+  const optmem::Linear job{in<Bf16>(x, rows * inputs, "x"),
+                           in<Bf16>(weight, columns * inputs, "weight"),
+                           bias ? in<Bf16>(*bias, columns, "bias") : nullptr,
+                           optmem::out<Bf16>(result, rows * columns, "out"),
+                           rows, columns, inputs, activation_of(activation)};
+  py::gil_scoped_release unlocked;
+  optmem::linear(job, num_threads);
+}
+
 }  // namespace
 
 void bind_vision(py::module_& m) {
   m.def("has_grid_attention", &optmem::has_grid_attention, py::arg("dim"), "Whether grid_attention serves heads of this width here.");
   m.def("grid_attention", &grid_attention, py::arg("qkv").noconvert(), py::arg("bias").noconvert(),
         py::arg("rel_pos_h").noconvert(), py::arg("rel_pos_w").noconvert(), py::arg("out").noconvert(), py::arg("num_threads"));
+  m.def("has_linear", &optmem::has_linear, py::arg("in"), "Whether linear serves rows of this length here.");
+  m.def("linear", &linear, py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias").noconvert().none(true),
+        py::arg("out").noconvert(), py::arg("activation"), py::arg("num_threads"));
 }

@@ -5,22 +5,20 @@
 // about 20 of exponentials, biases and maxima: three quarters of the peak is the most that this form can reach.
 #include "cpu/grid_attention.h"
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/pairs.h"
 
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own AVX-512 header begins with an undefined register
+#pragma GCC diagnostic ignored "-Wuninitialized"  // as in pairs.h: it comes from inlining
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 namespace optmem {
 namespace {
 
-constexpr int kLanes = 16;    // floats of a register, and keys of a block
 constexpr int kTile = 6;      // queries of a tile: with four blocks beside them, 24 sums stay in registers
 constexpr int kGroup = 4;     // blocks of keys that are multiplied at once
 constexpr int kChunk = 16;    // blocks of keys that are normalised at once; even
@@ -29,18 +27,13 @@ constexpr int kQueries = kTile * kTiles;
 constexpr int64_t kFewest = 4 * kQueries;  // queries that are worth laying the keys out for
 constexpr float kLog2E = 1.44269504088896341f;
 
-// Two neighbouring numbers for each of sixteen keys (or dimensions): what one instruction multiplies.
-struct alignas(64) Line {
-  uint32_t pairs[kLanes];
-};
-
 // Lanes of a block of keys that lie in one row of the window.
 struct Segment {
   __mmask16 lanes;
   int row;
 };
 
-// Sixteen neighbouring keys: where the first stands, and its segments.
+// kLanes neighbouring keys: where the first stands, and its segments.
 struct Block {
   int column, first, last;
 };
@@ -165,10 +158,6 @@ OPTMEM_AVX512 void lay_out_values(const Plan& plan, const Window& window, Scratc
   }
 }
 
-OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 multiply_add(__m512 sum, const Line& line, uint32_t pair) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(&line), (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)));
-}
-
 // A tile's biases toward `count` places of a table, times log2 e; query i begins at place from[i].
 OPTMEM_AVX512_BF16 void relate(const Table& table, const uint32_t (*queries)[32], int pairs, const int64_t* from, int64_t count,
                                float* out, int64_t stride) {
@@ -210,19 +199,6 @@ OPTMEM_AVX512_BF16 void dot_keys(const uint32_t (*queries)[32], const Line* keys
 #pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b) _mm512_store_ps(&scratch.logits[i][column + b * kLanes], sums[i][b]);
   }
-}
-
-// 2^x to three millionths for x <= 0; below -127 as good as nothing.  A NaN stays one.
-OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 power_of_two(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);  // of two, max gives the second where one is a NaN
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 part = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(9.570098974870683e-3f);
-  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(5.591786008896294e-2f));
-  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(2.4024744900374706e-1f));
-  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(6.931218147796623e-1f));
-  p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(9.999992614238835e-1f));
-  return _mm512_scalef_ps(p, whole);
 }
 
 // Logits of one query: scaled, biased, in powers of two, and their maximum.  Lanes of no segment are no keys.

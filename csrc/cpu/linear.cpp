@@ -1,0 +1,184 @@
+// A task is a panel of weight rows and a stretch of x.  The panel is turned once into lines of pairs, in this core's cache; then
+// tiles of six rows of x meet 64 of its columns: 24 sums in registers, ten loads for 24 products.
+//
+// oneDNN turns all weights at every call, or wants them twice in memory.  Here a turned number is used by every row of x: with
+// 101 of them, the fewest there are, turning is 5 % of a task.
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/pairs.h"
+
+#pragma GCC diagnostic ignored "-Wuninitialized"  // as in pairs.h: it comes from inlining
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+namespace optmem {
+namespace {
+
+constexpr int kTile = 6;                       // rows of a tile
+constexpr int kBlocks = 4;                     // registers of columns of a tile
+constexpr int64_t kGroup = kBlocks * kLanes;   // columns of a tile
+constexpr int64_t kPanelBytes = 512 << 10;     // of turned weights: half of a core's second cache
+constexpr int64_t kFewestRows = 96;            // that are worth turning weights for
+
+// How a job is cut into tasks: groups of columns by parts, rows by stretches.
+struct Cut {
+  int64_t groups, parts, stretches;
+};
+
+Cut cut(const Linear& job, int64_t threads) {
+  const int64_t groups = (job.columns + kGroup - 1) / kGroup;
+  const int64_t most = std::max<int64_t>(1, kPanelBytes / (kGroup * job.in * static_cast<int64_t>(sizeof(Bf16))));
+  const int64_t fewest = (groups + most - 1) / most;
+  const int64_t parts = std::min(groups, (fewest + threads - 1) / threads * threads);  // equal work for every thread
+  const int64_t missing = (threads + parts - 1) / parts;
+  return {groups, parts, std::clamp<int64_t>(job.rows / kFewestRows, 1, missing)};
+}
+
+// A thread's panel: [group][pair][kBlocks] lines, and its bias.
+struct Panel {
+  std::vector<Line> lines;
+  std::vector<float> bias;
+};
+
+OPTMEM_AVX512_BF16 void turn_weights(const Linear& job, int64_t first_group, int64_t groups, Panel& panel) {
+  const int64_t pairs = job.in / 2;
+  for (int64_t block = 0; block < groups * kBlocks; ++block) {
+    const int64_t column = first_group * kGroup + block * kLanes;
+    Line* lines = &panel.lines[static_cast<size_t>(block / kBlocks * pairs * kBlocks + block % kBlocks)];
+    for (int64_t p = 0; p < pairs; p += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, pairs - p);
+      const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+      __m512i rows[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        const bool is_row = column + r < job.columns;
+        rows[r] = _mm512_maskz_loadu_epi32(is_row ? there : 0, job.weight + (is_row ? column + r : 0) * job.in + 2 * p);
+      }
+      turn(rows);
+      for (int64_t r = 0; r < count; ++r) _mm512_store_si512(lines + (p + r) * kBlocks, rows[r]);
+    }
+  }
+  for (int64_t c = 0; c < groups * kGroup; ++c) {
+    const int64_t column = first_group * kGroup + c;
+    panel.bias[static_cast<size_t>(c)] = job.bias != nullptr && column < job.columns ? widen(job.bias[column]) : 0.0f;
+  }
+}
+
+// x times the chance that a normal number is below x (Abramowitz and Stegun 7.1.26: seven digits of the error function).
+OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 gelu(__m512 x) {
+  const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
+  const __m512 size = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678118654752f));
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f), one));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+  const __m512 square = _mm512_mul_ps(_mm512_mul_ps(size, size), _mm512_set1_ps(-1.44269504088896341f));
+  // Half of what lies beyond: 1 - erf, times x / 2, comes off where x is positive and is all where it is negative.
+  const __m512 beyond = _mm512_mul_ps(_mm512_mul_ps(half, _mm512_mul_ps(p, t)), power_of_two(square));
+  const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  const __m512 share = _mm512_mask_sub_ps(beyond, static_cast<__mmask16>(~is_negative), one, beyond);
+  return _mm512_mul_ps(x, share);
+}
+
+// x / (1 + e^(-1.702 x)), from the exponential of the smaller side.
+OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 quick_gelu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 small = power_of_two(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-1.702f * 1.44269504088896341f)));
+  const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  const __m512 above = _mm512_mask_mov_ps(one, is_negative, small);
+  return _mm512_mul_ps(x, _mm512_div_ps(above, _mm512_add_ps(one, small)));
+}
+
+template <Activation kActivation>
+OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 activated(__m512 x) {
+  if constexpr (kActivation == Activation::gelu) return gelu(x);
+  if constexpr (kActivation == Activation::quick_gelu) return quick_gelu(x);
+  return x;
+}
+
+// A tile: `count` of kTile rows are there, the rest repeat the last.
+template <Activation kActivation>
+OPTMEM_AVX512_BF16 void multiply(const Linear& job, int64_t row, int count, int64_t column, const Line* lines, const float* bias) {
+  const Bf16* x[kTile];
+#pragma GCC unroll 6
+  for (int i = 0; i < kTile; ++i) x[i] = job.x + (row + std::min(i, count - 1)) * job.in;
+  __m512 sums[kTile][kBlocks];
+#pragma GCC unroll 6
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) sums[i][b] = _mm512_loadu_ps(bias + b * kLanes);
+  }
+  for (int64_t p = 0; p < job.in / 2; ++p) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kTile; ++i) {
+      uint32_t pair;
+      std::memcpy(&pair, x[i] + 2 * p, sizeof(pair));
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b) sums[i][b] = multiply_add(sums[i][b], lines[p * kBlocks + b], pair);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kTile; ++i) {
+    if (i >= count) break;
+    Bf16* out = job.out + (row + i) * job.columns + column;
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) {
+      const int64_t left = job.columns - column - b * kLanes;
+      if (left <= 0) break;
+      const __mmask16 there = left >= kLanes ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+      const __m256bh narrow = _mm512_cvtneps_pbh(activated<kActivation>(sums[i][b]));
+      _mm256_mask_storeu_epi16(out + b * kLanes, there, (__m256i)narrow);
+    }
+  }
+}
+
+using Multiply = void (*)(const Linear& job, int64_t row, int count, int64_t column, const Line* lines, const float* bias);
+
+Multiply multiply_for(Activation activation) {
+  switch (activation) {
+    case Activation::gelu: return multiply<Activation::gelu>;
+    case Activation::quick_gelu: return multiply<Activation::quick_gelu>;
+    case Activation::none: break;
+  }
+  return multiply<Activation::none>;
+}
+
+void run(const Linear& job, const Cut& how, int64_t task, Panel& panel) {
+  const Multiply multiply = multiply_for(job.activation);
+  const int64_t part = task / how.stretches, stretch = task % how.stretches, pairs = job.in / 2;
+  const int64_t first = how.groups * part / how.parts, groups = how.groups * (part + 1) / how.parts - first;
+  panel.lines.resize(static_cast<size_t>(groups * kBlocks * pairs));
+  panel.bias.resize(static_cast<size_t>(groups * kGroup));
+  turn_weights(job, first, groups, panel);
+  const int64_t end = job.rows * (stretch + 1) / how.stretches;
+  for (int64_t row = job.rows * stretch / how.stretches; row < end; row += kTile) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, end - row));
+    for (int64_t g = 0; g < groups; ++g) {
+      multiply(job, row, count, (first + g) * kGroup, &panel.lines[static_cast<size_t>(g * pairs * kBlocks)],
+               &panel.bias[static_cast<size_t>(g * kGroup)]);
+    }
+  }
+}
+
+}  // namespace
+
+bool has_linear(int64_t in) { return has_bf16() && in > 0 && in % 2 == 0; }
+
+void linear(const Linear& job, int num_threads) {
+  check(has_linear(job.in), "linear: rows of ", job.in, " are not for this machine");
+  if (job.rows == 0 || job.columns == 0) return;
+  const Cut how = cut(job, num_threads);
+#pragma omp parallel num_threads(num_threads)
+  {
+    Panel panel;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < how.parts * how.stretches; ++task) run(job, how, task, panel);
+  }
+}
+
+}  // namespace optmem
