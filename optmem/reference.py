@@ -137,6 +137,16 @@ def global_attention(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tenso
     return mixed.reshape(num_grids, height, width, channels // 3)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """x weight^T + bias, and a function of it.  Shapes as in ops.linear."""
+    out: Tensor = torch.nn.functional.linear(x, weight, bias)
+    if activation == "gelu":
+        out = torch.nn.functional.gelu(out)
+    if activation == "quick_gelu":
+        out = out * torch.sigmoid(1.702 * out)
+    return out
+
+
 def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     """global_attention inside windows; what a window has beyond the grid holds the bias.  Shapes as in ops.window_attention."""
     num_grids, height, width, channels = qkv.shape

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from optmem import ops
 from optmem.model.config import ClipConfig
+from optmem.model.layers import Linear
 from optmem.model.tables import ResizedTable, crop_positions, resize_positions
 
 NORM_EPS = 1e-5
@@ -82,8 +83,8 @@ class Attention(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv_proj = nn.Linear(config.width, 3 * config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.qkv_proj = Linear(config.width, 3 * config.width)
+        self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -97,11 +98,10 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = Linear(config.width, config.mlp_width, activation="quick_gelu")
+        self.fc2 = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        x = self.fc1(x)
-        out: Tensor = self.fc2(x * torch.sigmoid(1.702 * x))
+        out: Tensor = self.fc2(self.fc1(x))
         return out

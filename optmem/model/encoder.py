@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from optmem.errors import InputError
 from optmem.model.clip import Clip
 from optmem.model.config import ModelConfig
+from optmem.model.layers import Linear
 from optmem.model.query import QueryStage
 from optmem.model.stage_one import StageOne
 from optmem.pixels import PIXELS_PER_TOKEN
@@ -61,7 +62,7 @@ class Projector(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.layers = nn.Linear(width, hidden)
+        self.layers = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, features] -> [B, n, hidden]."""

@@ -1,4 +1,4 @@
-"""What the decoder and V2's query stage share: the norm and the angles of rotary positions."""
+"""What several stages share: linear layers, the norm and the angles of rotary positions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from optmem import ops
+
+
+class Linear(nn.Linear):
+    """A linear layer and the function that follows it."""
+
+    def __init__(self, width_in: int, width_out: int, *, bias: bool = True, activation: ops.Activation = "none") -> None:
+        super().__init__(width_in, width_out, bias=bias)
+        self.activation: ops.Activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width_in] -> [..., width_out]."""
+        return ops.linear(x, self.weight, self.bias, self.activation)
 
 
 class RMSNorm(nn.Module):

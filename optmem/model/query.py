@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optmem import ops
 from optmem.errors import InputError
 from optmem.model.config import QueryConfig
-from optmem.model.layers import RMSNorm, rope_table
+from optmem.model.layers import Linear, RMSNorm, rope_table
 from optmem.reference import rotate_half_split
 
 NORM_EPS = 1e-6
@@ -95,10 +95,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.width // config.heads
         narrow = config.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, narrow)
-        self.v_proj = nn.Linear(config.width, narrow)
-        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+        self.q_proj = Linear(config.width, config.width)
+        self.k_proj = Linear(config.width, narrow)
+        self.v_proj = Linear(config.width, narrow)
+        self.o_proj = Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, prefix: int) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -115,9 +115,9 @@ class SwiGlu(nn.Module):
 
     def __init__(self, config: QueryConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.mlp_width, bias=False)
+        self.up_proj = Linear(config.width, config.mlp_width, bias=False)
+        self.down_proj = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optmem import ops
 from optmem.model.config import StageOneConfig
+from optmem.model.layers import Linear
 from optmem.model.tables import ResizedTable, crop_positions, resize_positions, resize_relative
 
 NORM_EPS = 1e-6
@@ -80,8 +81,8 @@ class Attention(nn.Module):
         side = config.table_side if is_global else config.window
         head_dim = config.width // config.heads
         self.is_global = is_global
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.proj = Linear(config.width, config.width)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, head_dim))
         self._rows, self._columns = ResizedTable(resize_relative), ResizedTable(resize_relative)
@@ -105,10 +106,10 @@ class Mlp(nn.Module):
 
     def __init__(self, config: StageOneConfig) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(config.width, config.mlp_width)
-        self.lin2 = nn.Linear(config.mlp_width, config.width)
+        self.lin1 = Linear(config.width, config.mlp_width, activation="gelu")
+        self.lin2 = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        out: Tensor = self.lin2(nn.functional.gelu(self.lin1(x)))
+        out: Tensor = self.lin2(self.lin1(x))
         return out
