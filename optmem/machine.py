@@ -1,7 +1,11 @@
-"""What the processor can do."""
+"""What the processor and its memory can do."""
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -20,3 +24,22 @@ def cpu_multiplies_bf16() -> bool:
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The narrowest type whose products are fast on a device: bf16, or fp32 on a CPU that lacks it."""
     return torch.float32 if device.type == "cpu" and not cpu_multiplies_bf16() else torch.bfloat16
+
+
+HUGE_PAGE = 2 << 20  # bytes
+
+
+def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Room for a weight that is read again and again, in huge pages where a CPU has them.
+
+    A step of the decoder reads a gigabyte of weights, row after row: with pages of 4 KB a core looks up an address for every
+    row and a half, and reads 17 to 19 GB/s of the 22 to 30 that it could.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    with suppress(OSError):  # a kernel without them has said no, and loses only speed
+        memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(tuple(shape))

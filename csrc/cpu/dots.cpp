@@ -151,8 +151,9 @@ OPTMEM_AVX512_BF16 void dots_bf16(const W* weight, int64_t stride, int64_t in, c
     __m512bh rows[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      // The next tile's rows: a row is too short for the machine to find the pattern.  10 % at four tokens and more.
-      _mm_prefetch(reinterpret_cast<const char*>(weight + (r + kDotRows) * stride + i), _MM_HINT_T0);
+      // The next tile's rows, to the second cache alone: to the first, few loads can be on their way at once.  GB/s of one
+      // Zen 4 core with one / four / six tokens: 13 / 13 / 13 without or to the first, 22 / 20 / 23 to the second.
+      if (kRows == kDotRows) _mm_prefetch(reinterpret_cast<const char*>(weight + (r + kDotRows) * stride + i), _MM_HINT_T1);
       rows[r] = load_bf16(weight + r * stride + i, mask);
     }
 #pragma GCC unroll 6

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optmem.errors import InputError
+from optmem.machine import empty_weight
 from optmem.model.decoder import Decoder, Experts, Linear
 from optmem.model.tensor_file import all_finite
 
@@ -25,7 +26,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises InputError where a value is not finite.
     """
     rows = weight.detach().flatten(0, -2)
-    steps = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    steps = empty_weight(rows.shape, torch.int8, rows.device)
     scales = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for first in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)

@@ -7,6 +7,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from optmem.machine import empty_weight
 from optmem.model.config import DecoderConfig
 from optmem.model.decoder import Decoder
 
@@ -54,7 +55,7 @@ def _deviation(name: str, shape: torch.Size) -> float:
 
 def _tiled(noise: Tensor, shape: torch.Size) -> Tensor:
     """The noise over and over."""
-    values = noise.new_empty(shape.numel())
+    values = empty_weight([shape.numel()], noise.dtype)
     for first in range(0, values.numel(), _PERIOD):
         part = values[first : first + _PERIOD]
         part.copy_(noise[: part.numel()])

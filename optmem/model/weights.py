@@ -27,6 +27,7 @@ from torch import Tensor
 
 from optmem.errors import CheckpointError, InputError, SourceNotFoundError
 from optmem.files import checkpoint_folder, open_inside, read_json
+from optmem.machine import empty_weight
 from optmem.model.config import ModelConfig
 from optmem.model.config_json import CONFIG, check_config, read_config, write_config
 from optmem.model.layout import expected_tensors, packed_tensors, stored_view
@@ -100,7 +101,7 @@ def load_weights(
         stored = _stored_tensors(path, descriptors)
         _raise_first(_tensor_problems(stored, config) + (_type_problems(stored, config) if dtype is None else []))
         kept = dtype or next(iter(stored.values())).entry.dtype
-        weights = {name: torch.empty(shape, dtype=kept, device=device) for name, shape in packed_tensors(config).items()}
+        weights = {name: empty_weight(shape, kept, device) for name, shape in packed_tensors(config).items()}
         _read_all(stored, weights, descriptors)
     return weights
 
