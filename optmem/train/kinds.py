@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -33,12 +34,25 @@ _POOLS = tuple(  # of random characters, and how often each is drawn from
         (symbols.PRINTABLE_ASCII, 0.5),
         ("0123456789abcdef", 0.08),
         ("0123456789.,-+:/ ", 0.07),
-        (CHARACTERS[95:189] + symbols.PRINTABLE_ASCII, 0.15),
+        (CHARACTERS[95:189] + symbols.PRINTABLE_ASCII + "\t", 0.15),
     )
 )
-_ALPHABET = np.array([ord(char) for char in CHARACTERS], dtype=np.int64)
+_ALPHABET = np.array([ord(char) for char in CHARACTERS + "\t"], dtype=np.int64)
+_ACCENTS = np.array([ord(char) for char in "äöüßÄÖÜéèêàâçîôûùñáíóúåøæœëïÉ„“”‚‘’«»–—…¿¡"], dtype=np.int64)
+_MARKS = np.array([ord(char) for char in "⇒⇔←→↑↓↔†‡‘’‚“”„′″∆™•…°±×÷≤≥≠≈░▒▓█▀▄■□▪●○─━│└├┌┐┘╰╭═║╚╝"], dtype=np.int64)
 _SCRIPTS = ((0x00, 0x20), (0x370, 0x600), (0x3040, 0xD7A4), (0x10000, 0x20000))  # controls, letters, syllables, all the rest
 _FOREIGN = np.array([ord(char) for char in "αβγδλπΩжияшה中文字日本語한국🙂🚀✅⚠️\u200b\u00ad\x07\x1b\x00\r"], dtype=np.int64)
+_ALPHABETS = (  # first and last letters of scripts that are drawn as escapes, letter by letter
+    (0x0410, 0x044F),
+    (0x0391, 0x03C9),
+    (0x0100, 0x017F),
+    (0x05D0, 0x05EA),
+    (0x0621, 0x064A),
+    (0x3041, 0x30FE),
+    (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7A3),
+    (0x1F300, 0x1F64F),
+)
 _PARAGRAPH = 240  # characters
 _ATTEMPTS = 20
 _LEVELS = ("DEBUG", "INFO", "INFO", "INFO", "WARNING", "ERROR")
@@ -145,10 +159,12 @@ def _fill(chance: Random, words: list[str], length: int, more: Sequence[str]) ->
 
 
 def _code(chance: Random, corpus: Corpus, length: int) -> str:
+    draw = chance.random()
+    if draw < 0.25:  # as makefiles, Go and kernels are indented
+        said = excerpt(chance, corpus.code, 4 * length)
+        return re.sub(r"(?m)^(?: {4})+", lambda blanks: "\t" * (len(blanks[0]) // 4), said)
     said = excerpt(chance, corpus.code, length)
-    if chance.random() < 0.2:  # as deep in a nest
-        said = textwrap.indent(said, " " * chance.randrange(4, 48))
-    return said
+    return textwrap.indent(said, " " * chance.randrange(4, 48)) if draw < 0.4 else said  # as deep in a nest
 
 
 # --- made up --------------------------------------------------------------------------------------------------------------------
@@ -157,21 +173,25 @@ def _code(chance: Random, corpus: Corpus, length: int) -> str:
 def _characters(chance: Random, _: Corpus, length: int) -> Keys:
     """ASCII, digits or Latin-1 at random, or long runs of the same: rules, rows of blanks, what is set far to the right."""
     pool = chance.choices([pool for pool, _ in _POOLS], [weight for _, weight in _POOLS])[0]
-    keys = _random(chance, pool, length)
-    if chance.random() < 0.12:
-        random = np.random.default_rng(chance.getrandbits(63))
-        keys[random.random(length) < 0.4] = ord(" ")
-        keys = np.repeat(keys, random.geometric(1 / chance.choice((3, 12, 60)), size=length))[:length]
-    return keys
+    return _in_runs(chance, _random(chance, pool, length))
 
 
 def _symbols(chance: Random, _: Corpus, length: int) -> Keys:
-    """The whole alphabet at random, boxes and signs included, and now and then a character of any script, drawn as its escape."""
-    keys = _random(chance, _ALPHABET, length)
+    """The whole alphabet at random or the signs alone, and now and then a character of any script, drawn as its escape."""
+    keys = _in_runs(chance, _random(chance, _MARKS if chance.random() < 0.2 else _ALPHABET, length))
     random = np.random.default_rng(chance.getrandbits(63))
     is_escaped = random.random(length) < chance.choice((0.0, 0.01, 0.05))
     keys[is_escaped] = random.integers(*chance.choice(_SCRIPTS), size=int(is_escaped.sum()))
     return keys
+
+
+def _in_runs(chance: Random, keys: Keys) -> Keys:
+    """An eighth of the texts with each character several times over, and blanks between."""
+    if chance.random() >= 0.12:
+        return keys
+    random = np.random.default_rng(chance.getrandbits(63))
+    keys[random.random(len(keys)) < 0.4] = ord(" ")
+    return np.repeat(keys, random.geometric(1 / chance.choice((3, 12, 60)), size=len(keys)))[: len(keys)]
 
 
 def _random(chance: Random, pool: Keys, length: int) -> Keys:
@@ -263,10 +283,11 @@ def _key(chance: Random, corpus: Corpus) -> str:
 
 
 def _json(chance: Random, corpus: Corpus, length: int) -> str:
-    indent, said = chance.choice((None, 1, 2, 2, 4)), ""
+    indent, said = chance.choice((None, None, 1, 2, 2, 4)), ""
+    separators = (",", ":") if indent is None and chance.random() < 0.5 else None
     while len(said) < length:
         value = {_key(chance, corpus): _value(chance, corpus, 3) for _ in range(chance.randrange(2, 8))}
-        said += json.dumps(value, indent=indent, ensure_ascii=chance.random() < 0.5) + "\n"
+        said += json.dumps(value, indent=indent, separators=separators, ensure_ascii=chance.random() < 0.5) + "\n"
     return said
 
 
@@ -280,11 +301,15 @@ def _log_line(chance: Random, corpus: Corpus, form: int) -> str:
         request = f"{chance.choice(('GET', 'POST', 'PUT'))} {_path(chance, corpus)} HTTP/1.1"
         answer = f"{chance.choice((200, 204, 301, 404, 500))} {chance.randrange(10**6)}"
         return f'{_address(chance, corpus)} - - [{_stamp(chance)}] "{request}" {answer}'
-    return f"{_hexadecimal(chance, 7)} {_path(chance, corpus)}:{chance.randrange(1, 4000)} {said}"
+    if form == 3:
+        return f"{_hexadecimal(chance, 7)} {_path(chance, corpus)}:{chance.randrange(1, 4000)} {said}"
+    done, length = chance.randrange(101), chance.randrange(10, 40)
+    bar = ("█" * (done * length // 100)).ljust(length, chance.choice("░▒ "))
+    return f"{name:<12} {done:3}% |{bar}| {chance.randrange(1000)}/{chance.randrange(1000)} [{chance.uniform(0, 99):.1f}s]"
 
 
 def _logs(chance: Random, corpus: Corpus, length: int) -> str:
-    form, said = chance.randrange(4), ""
+    form, said = chance.choices(range(5), (3, 3, 3, 3, 1))[0], ""
     while len(said) < length:
         said += _log_line(chance, corpus, form) + "\n"
     return said
@@ -297,10 +322,13 @@ def _cell(chance: Random, corpus: Corpus) -> str:
 
 
 def _table(chance: Random, corpus: Corpus) -> str:
-    """A table of Markdown, its columns padded or not, or one with drawn borders."""
+    """A table of Markdown, its columns padded or not, one with drawn borders, or one of fields between tabs or commas."""
     columns = range(chance.randrange(2, 6))
     rows = [[_phrase(chance, corpus, 2) for _ in columns]]
     rows += [[_cell(chance, corpus) for _ in columns] for _ in range(chance.randrange(2, 14))]
+    separator = chance.choices(("|", "\t", ","), (8, 1, 1))[0]
+    if separator != "|":
+        return "\n".join(separator.join(row) for row in rows)
     widths = [max(len(row[k]) for row in rows) if chance.random() < 0.8 else 3 for k in columns]
     padded = [[row[k].ljust(widths[k]) for k in columns] for row in rows]
     if chance.random() < 0.2:
@@ -311,11 +339,21 @@ def _table(chance: Random, corpus: Corpus) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], ruler, *padded[1:]])
 
 
+def _tree(chance: Random, corpus: Corpus) -> str:
+    """Folders and files as they are listed in a terminal."""
+    lines, stem = [_key(chance, corpus) + "/"], ""
+    for _ in range(chance.randrange(3, 14)):
+        is_last = chance.random() < 0.3
+        lines.append(f"{stem}{'└── ' if is_last else '├── '}{_key(chance, corpus)}{chance.choice(_SUFFIXES)}")
+        stem = stem[:-4] if is_last else chance.choice((stem, stem + "│   ", stem + "    "))[:24]
+    return "\n".join(lines)
+
+
 def _tables(chance: Random, corpus: Corpus, length: int) -> str:
     said = ""
     while len(said) < length:
         heading = "#" * chance.randrange(1, 4) + " " + _phrase(chance, corpus, 4).capitalize()
-        said += f"{heading}\n\n{_table(chance, corpus)}\n\n"
+        said += f"{heading}\n\n{(_tree if chance.random() < 0.08 else _table)(chance, corpus)}\n\n"
     return said
 
 
@@ -349,17 +387,37 @@ def _chats(chance: Random, corpus: Corpus, length: int) -> Keys:
 # --- spice ----------------------------------------------------------------------------------------------------------------------
 
 
+_SEASONS: tuple[tuple[float, Keys, tuple[float, ...]], ...] = (  # how often, from what, and which shares of the letters
+    (0.12, _ALPHABET, (0.01, 0.03, 0.1)),
+    (0.05, _FOREIGN, (0.005, 0.03)),
+    (0.06, _ACCENTS, (0.02, 0.06)),
+    (0.03, _MARKS, (0.01, 0.05)),
+)
+_TRANSLATED = 0.03  # share of the texts with words in another script
+
+
 def season(keys: Keys, chance: Random) -> Keys:
-    """Some letters of some texts become characters that English lacks, and a few become ones that must be escaped."""
+    """Some letters of some texts become characters that English lacks, ones that must be escaped among them."""
     draw = chance.random()
-    if draw > 0.2:
-        return keys
     random = np.random.default_rng(chance.getrandbits(63))
-    share, pool = (chance.choice((0.01, 0.03, 0.1)), _ALPHABET) if draw > 0.05 else (chance.choice((0.005, 0.03)), _FOREIGN)
     letters = np.flatnonzero((keys >= ord("A")) & (keys <= ord("z")))
-    chosen = letters[random.random(len(letters)) < share]
+    for share_of_texts, pool, shares in _SEASONS:
+        if draw < share_of_texts:
+            chosen = letters[random.random(len(letters)) < chance.choice(shares)]
+            seasoned = keys.copy()
+            seasoned[chosen] = pool[random.integers(len(pool), size=len(chosen))]
+            return seasoned
+        draw -= share_of_texts
+    return _translated(keys, letters, chance, random) if draw < _TRANSLATED else keys
+
+
+def _translated(keys: Keys, letters: NDArray[np.int64], chance: Random, random: np.random.Generator) -> Keys:
+    """Some words or all of them in letters of another script."""
+    word = np.cumsum((keys == ord(" ")) | (keys == ord("\n")))
+    is_chosen = random.random(int(word[-1]) + 1) < chance.choice((0.05, 0.3, 1.0))
+    chosen, (first, last) = letters[is_chosen[word[letters]]], chance.choice(_ALPHABETS)
     seasoned = keys.copy()
-    seasoned[chosen] = pool[random.integers(len(pool), size=len(chosen))]
+    seasoned[chosen] = random.integers(first, last + 1, size=len(chosen))
     return seasoned
 
 

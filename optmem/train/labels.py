@@ -153,7 +153,7 @@ def _stretch(page: Sheet, tokenizer: CharacterTokenizer, rng: np.random.Generato
     return _Stretch(ids, [*ids[1:], last], first, np.concatenate(places))
 
 
-_BELOW = 0.06  # share of rows asked below the text
+_BELOW = 0.1  # share of rows asked below the text
 _INDENTED = 0.1  # and of those that begin with blanks, which look like rows below the text,
 _FAR = 10  # so many at least
 

@@ -36,7 +36,7 @@ from optmem.train.kinds import Keys, Mix, PageKind, write
 Ids = NDArray[np.uint16]
 MAX_SIDE = 2048
 # Shares of pages by where their text ends; all others end anywhere.
-RUNS_ON, FULL, NEARLY_EMPTY, NEARLY_FULL = 0.5, 0.05, 0.05, 0.1
+RUNS_ON, FULL, NEARLY_EMPTY, NEARLY_FULL = 0.45, 0.05, 0.1, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class SynthConfig:
     mix: Mix = field(default_factory=Mix)
     harms: tuple[Degradation, ...] = ()
     batch: int = 32  # pages
-    seasoned: bool = True  # a fifth of the texts with some letters changed to rarer characters; else all as written
+    seasoned: bool = True  # a quarter of the texts with some letters changed to rarer characters; else all as written
 
     def __post_init__(self) -> None:
         if not self.forms or not sum(form.share for form in self.forms):
