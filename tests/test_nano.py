@@ -240,8 +240,19 @@ def test_end_is_end_of_text_for_the_engine():
     assert public_config("nano").eos_id == TOKENIZER.special(END)
 
 
-@pytest.mark.parametrize(("below", "count"), [([], 2), (["   "], 2), (["   ", "  "], 2), (["   ", "x"], 4)])
-def test_blanks_below_the_end_are_no_rows(below, count):
+@pytest.mark.parametrize(
+    ("below", "count"),
+    [
+        ([], 2),
+        (["   "], 2),
+        (["   ", "  "], 2),
+        (["   ", " F ", "_"], 2),  # stray signs
+        (["   ", "one misread row", " "], 2),
+        (["more of", "the text"], 4),  # then it is the mark that was misread
+        ([symbols.LINE_END, symbols.LINE_END], 4),  # and empty lines are text
+    ],
+)
+def test_what_is_said_below_the_end_is_no_row(below, count):
     said = ["a" + symbols.LINE_END, "b" + symbols.TEXT_END, *below]
     ids = [TOKENIZER.ids_of(np.frombuffer(row.encode("utf-32-le"), dtype="<u4")).tolist() for row in said]
     rows = [Row(at, row, ended_by="eol") for at, row in enumerate(ids)]

@@ -85,3 +85,7 @@ def test_an_escape_that_names_no_character_stays_what_it_says():
 @given(st.text(st.sampled_from(ALPHABET)))
 def test_no_symbols_are_too_strange_to_be_read(said):
     assert isinstance(symbols.read_symbols(said), str)
+
+
+def test_white_on_black_that_means_nothing_is_read_as_plain():
+    assert symbols.read_symbols(symbols.inverse("[tool | Ann") + " said " + symbols.inverse("x")) == "[tool | Ann said x"

@@ -19,7 +19,7 @@ from torch import Tensor
 from optmem.model.assembly import assemble
 from optmem.model.decoder import Decoder
 from optmem.model.encoder import Encoder
-from optmem.pages.symbols import TEXT_END
+from optmem.pages.symbols import LINE_END, TEXT_END
 from optmem.pixels import NO_TILES, Mode
 from optmem.text.characters import BOS, CharacterTokenizer
 
@@ -54,10 +54,15 @@ def embed_prefix(encoder: Encoder, decoder: Decoder, features: Tensor, mode: Mod
 
 
 def until_end(rows: list[Row], tokenizer: CharacterTokenizer) -> list[Row]:
-    """Rows up to the mark that ends the text where only blanks are behind it: a row below may say those instead of `<end>`."""
+    """Rows up to the mark that ends the text, unless two behind it say something: one may be misread, and so may the mark."""
     said = [tokenizer.symbols(row.ids) for row in rows]
     last = next((at for at, row in enumerate(said) if row.endswith(TEXT_END)), len(said))
-    return rows if "".join(said[last + 1 :]).strip(" ") else rows[: last + 1]
+    return rows if sum(map(_says_something, said[last + 1 :])) > 1 else rows[: last + 1]
+
+
+def _says_something(row: str) -> bool:
+    """A row below the text may say blanks and a stray sign instead of `<end>`; an empty line says its end."""
+    return LINE_END in row or len(row.replace(" ", "")) > 2
 
 
 def count_rows(are_below: Sequence[bool]) -> int:

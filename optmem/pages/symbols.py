@@ -62,6 +62,7 @@ _SAID = re.compile(
     f"|{inverse('U+')}(?P<code>{_HEX_DIGIT}+)"
     f"|(?P<label>{inverse('[')}{_INVERSE_SYMBOL}*?{inverse(']')})"
     f"|(?P<mark>[{MARKS}])"
+    f"|(?P<stray>{_INVERSE_SYMBOL})"
 )
 
 
@@ -71,8 +72,8 @@ def _meaning(said: re.Match[str]) -> str:
     if said["code"]:
         code = int(plain(said["code"]), 16)
         return chr(code) if code <= sys.maxunicode else plain(said[0])  # a reader may misread a digit: what it said is kept
-    if said["label"]:
-        return plain(said["label"])
+    if said["label"] or said["stray"]:  # white on black without its bracket: no drawing makes it, and no user can read its code
+        return plain(said[0])
     return {LINE_END: "\n", TAB: "\t"}.get(said["mark"], "")
 
 
