@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Literal, TypeVar, cast
@@ -72,23 +73,36 @@ def as_image(source: object, *, name: str | None = None, max_pixels: int = MAX_P
     Raises ImageError where it cannot be read or is too large, SourceNotFoundError where there is no such file, and InputError where
     it is no picture at all or max_pixels is no whole number.
     """
+    return take_image(source, name=name, max_pixels=max_pixels)()
+
+
+def take_image(source: object, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Callable[[], Pixels]:
+    """What as_image does, in two steps: everything that belongs to the caller, a file, an object of theirs, is asked here and
+    now; what is left, decoding bytes, may be done in any thread by calling the result.
+
+    Raises as as_image does, in either step.
+    """
     _check_max_pixels(max_pixels)
     name = printable(name or _name_of(source) or "image")
     data = _content(source, name)
     if data is not None:
-        return _decode(data, name, max_pixels)
-    if isinstance(source, Picture):
-        return _guarded(lambda: _from_picture(source, name, max_pixels), name, DAMAGED)
+        return partial(_decode, data, name, max_pixels)
+    if isinstance(source, Picture):  # its pixels are perhaps still in a file
+        return _known(_guarded(lambda: _from_picture(source, name, max_pixels), name, DAMAGED))
     if isinstance(source, torch.Tensor):
-        return _from_array(_tensor_as_array(source, name), name, max_pixels)
+        return _known(_from_array(_tensor_as_array(source, name), name, max_pixels))
     if isinstance(source, np.ndarray):
-        return _from_array(source, name, max_pixels)
+        return _known(_from_array(source, name, max_pixels))
     if _has(source, "image"):
         given = _drawn(source.image, name)  # type: ignore[attr-defined]
         if _has(given, "image"):  # perhaps itself, for ever
             raise InputError(f"{name}: image() must give a picture, got {type(given).__name__}, which has a method image() again")
-        return as_image(given, name=name, max_pixels=max_pixels)
+        return take_image(given, name=name, max_pixels=max_pixels)
     raise InputError(f"{name}: a picture is a path, bytes, a file, a PIL image or a uint8 array, got {type(source).__name__}")
+
+
+def _known(pixels: Pixels) -> Callable[[], Pixels]:
+    return lambda: pixels
 
 
 def load_images(

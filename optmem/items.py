@@ -19,6 +19,17 @@ def in_parts(items: Iterable[T], count: int) -> Iterator[list[T]]:
         yield some
 
 
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Each item once the next one is there; but the first as soon as it comes."""
+    rest = iter(items)
+    yield from islice(rest, 1)
+    for held in islice(rest, 1):
+        for following in rest:
+            yield held
+            held = following
+        yield held
+
+
 def watched(items: Iterable[T], what: str, *, unit: str = "page", total: int | None = None) -> Iterator[T]:
     """The items, counted on a bar on stderr.
 

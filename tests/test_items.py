@@ -1,6 +1,6 @@
 """Going through many things."""
 
-from optmem.items import in_parts, watched
+from optmem.items import in_parts, one_ahead, watched
 
 
 def test_parts_are_whole_but_for_the_last():
@@ -11,3 +11,17 @@ def test_parts_are_whole_but_for_the_last():
 def test_nobody_watches_here(capfd):
     assert list(watched(range(3), "counting")) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
+
+
+def test_one_ahead_gives_the_first_at_once_and_others_when_the_next_is_there():
+    made = []
+
+    def numbers(count):
+        for number in range(count):
+            made.append(number)
+            yield number
+
+    assert [list(one_ahead(numbers(count))) for count in range(5)] == [list(range(count)) for count in range(5)]
+    made.clear()
+    seen = [(number, len(made)) for number in one_ahead(numbers(4))]
+    assert seen == [(0, 1), (1, 3), (2, 4), (3, 4)]

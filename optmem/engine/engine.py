@@ -7,13 +7,15 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Unpack
 
 import torch
 
+from optmem.engine.ahead import Ahead
 from optmem.engine.checkpoint import (
     Temperatures,
     choose_device,
@@ -37,7 +39,7 @@ from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import InputError
-from optmem.images import as_image, is_whole
+from optmem.images import Pixels, is_whole, take_image
 from optmem.items import in_parts, watched
 from optmem.model.model import Model
 from optmem.model.quantize import quantize
@@ -117,8 +119,10 @@ class Engine:
         Raises ImageError for what cannot be read, InputError for a mode that the model does not have.
         """
         encoded: list[VisionTokens] = []
-        for some in in_parts((self._show(picture, mode) for picture in _pictures(images)), PAGES_AT_ONCE):
-            encoded += self._encode(some)
+        with closing(Ahead()) as ahead:
+            shown = (ahead.start(self._take(picture, mode)) for picture in _pictures(images))
+            for some in in_parts(shown, PAGES_AT_ONCE):
+                encoded += self._encode([wait() for wait in some])
         return encoded
 
     def _encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
@@ -126,9 +130,12 @@ class Engine:
         found = zip(features, shown, strict=True)
         return [VisionTokens(tokens, each.mode, each.views.grid, encoder, each.picture) for tokens, each in found]
 
-    def _show(self, picture: object, mode: Mode | str | None) -> Shown:
-        """A picture in its mode; the picture itself, which may be a hundred times as large, is not held."""
-        pixels = as_image(picture)
+    def _take(self, picture: object, mode: Mode | str | None) -> Callable[[], Shown]:
+        """A picture's content; and its views, made by calling the result.  The picture, perhaps a hundred times as large, goes."""
+        return partial(self._show, take_image(picture), mode)
+
+    def _show(self, decode: Callable[[], Pixels], mode: Mode | str | None) -> Shown:
+        pixels = decode()
         height, width = pixels.shape[:2]
         chosen = choose_mode(self.model.config, mode, height, width)
         return Shown(chosen, make_views(pixels, chosen), (width, height))
@@ -284,8 +291,8 @@ class _Reads:
     engine: Engine
     wanted: Options
 
-    def show(self, picture: object, mode: Mode | str | None) -> Shown:
-        return self.engine._show(picture, mode)
+    def take(self, picture: object, mode: Mode | str | None) -> Callable[[], Shown]:
+        return self.engine._take(picture, mode)
 
     def encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
         return self.engine._encode(shown)

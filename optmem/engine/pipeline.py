@@ -1,26 +1,28 @@
 """`ocr`: pictures at one end, their texts at the other, in order; encoding and reading at the same time, in bounded memory.
 
-pictures ──> show, encode, ask ──> window ──> wait, read again if it turned in circles ──> texts
+pictures ──> take ──> show, in threads ──> encode, ask ──> window ──> wait, read again if it turned in circles ──> texts
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Protocol, TypeVar
 
+from optmem.engine.ahead import Ahead
 from optmem.engine.modes import next_mode
 from optmem.engine.requests import Answer
 from optmem.engine.result import Attempt, Completion, failed
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import BackendError, OptmemError, shown
+from optmem.items import one_ahead
 from optmem.model.config import ModelConfig
 from optmem.pixels import Mode, Views
 
-WINDOW = 64  # pictures that are taken and not done
+WINDOW = 64  # pictures that are taken and not done, those counted whose views are being made
 AT_ONCE = 16  # that are encoded together
 T = TypeVar("T")
 
@@ -37,8 +39,8 @@ class Shown:
 class Reader(Protocol):
     """The part of an engine that a pipeline needs."""
 
-    def show(self, picture: object, mode: Mode | str | None) -> Shown:
-        """A picture in its mode."""
+    def take(self, picture: object, mode: Mode | str | None) -> Callable[[], Shown]:
+        """A picture's content; and the picture in its mode, by calling the result in any thread."""
 
     def encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
         """The vision tokens of pictures."""
@@ -55,14 +57,11 @@ class _Page:
     """A picture on its way."""
 
     picture: object
-    shown: Shown | None
+    show: Callable[[], Shown | OptmemError]  # waits for what is made of it
+    mode: Mode | None = None
     error: OptmemError | None = None
     request: Answer | None = None
     attempts: list[Attempt] = field(default_factory=list)
-    mode: Mode | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.mode = None if self.shown is None else self.shown.mode
 
     @property
     def is_ready(self) -> bool:
@@ -75,24 +74,26 @@ class Pipeline:
 
     def __init__(self, reader: Reader, config: ModelConfig, *, retries: int) -> None:
         self.reader, self.config, self.retries = reader, config, retries
+        self.ahead = Ahead()
 
     def run(self, pictures: Iterator[object], mode: Mode | str | None) -> Iterator[Completion]:
         """Their texts.  Closing the iterator gives up what is on its way; what the pictures' own iterator raises comes last."""
         window: deque[_Page] = deque()
         source = _Source(pictures)
-        pages = (self._page(picture, mode) for picture in source.take())
-        taken, is_over = 0, False
+        batches = one_ahead(_growing(self._page(picture, mode) for picture in source.take()))
+        is_over = False
         try:
             while window or not is_over:
-                if len(window) + AT_ONCE <= WINDOW:
-                    new = list(islice(pages, min(AT_ONCE, max(1, taken))))  # the first is encoded without a second one
-                    taken, is_over = taken + len(new), not new
+                if len(window) + 2 * AT_ONCE <= WINDOW:
+                    new = next(batches, [])
+                    is_over = not new
                     window += new
                     self._begin(new)
-                while window and (is_over or window[0].is_ready or len(window) + AT_ONCE > WINDOW):
+                while window and (is_over or window[0].is_ready or len(window) + 2 * AT_ONCE > WINDOW):
                     yield self._end(window[0])
                     window.popleft()
         finally:
+            self.ahead.close()
             for page in window:
                 if page.request is not None and not page.request.is_done:
                     self.reader.cancel(page.request)
@@ -100,16 +101,25 @@ class Pipeline:
             raise source.error
 
     def _page(self, picture: object, mode: Mode | str | None) -> _Page:
-        """A picture as the encoder is given it, or what is wrong with it."""
-        found = _tried(partial(self.reader.show, picture, mode))
-        return _Page(picture, None, found) if isinstance(found, OptmemError) else _Page(picture, found)
+        """A picture whose views are being made, or what is wrong with it."""
+        taken = _tried(partial(self.reader.take, picture, mode))
+        if isinstance(taken, OptmemError):
+            return _Page(picture, lambda: taken)
+        return _Page(picture, self.ahead.start(partial(_tried, taken)))
 
     def _begin(self, pages: list[_Page]) -> None:
         """Encodes pictures and asks for their texts; one that cannot be read keeps its error."""
-        sound = [page for page in pages if page.shown is not None]
-        encoded = self._encoded([page.shown for page in sound if page.shown is not None])
-        for page, tokens in zip(sound, encoded, strict=True):
-            page.shown = None  # its pixels
+        sound, shown = list[_Page](), list[Shown]()
+        for page in pages:
+            found = page.show()
+            del page.show  # its pixels
+            if isinstance(found, OptmemError):
+                page.error = found
+            else:
+                page.mode = found.mode
+                sound.append(page)
+                shown.append(found)
+        for page, tokens in zip(sound, self._encoded(shown), strict=True):
             asked = tokens if isinstance(tokens, OptmemError) else _tried(partial(self.reader.ask, tokens))
             if isinstance(asked, OptmemError):
                 page.error = asked
@@ -132,8 +142,7 @@ class Pipeline:
             if larger is None:
                 break
             page.attempts.append(Attempt(page.mode.name, "loop"))
-            shown = self._page(page.picture, larger)
-            page.shown, page.error, page.mode, page.request = shown.shown, shown.error, larger, None
+            page.show, page.error, page.mode, page.request = self._page(page.picture, larger).show, None, larger, None
             self._begin([page])
             again = self._wait(page)
             if again.error is not None:
@@ -154,6 +163,14 @@ class Pipeline:
 
         found = _tried(finished)
         return failed(found) if isinstance(found, OptmemError) else found
+
+
+def _growing(pages: Iterable[_Page]) -> Iterator[list[_Page]]:
+    """Batches of as many as there were before: the first page is alone, and does not wait for a second one."""
+    rest, taken = iter(pages), 0
+    while new := list(islice(rest, min(AT_ONCE, max(1, taken)))):
+        taken += len(new)
+        yield new
 
 
 class _Source:
