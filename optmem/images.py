@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +55,7 @@ class LoadedImage:
     name: str
     pixels: Pixels | None
     error: OptmemError | None = None
+    text: str = ""  # that a PDF says stands on this page; nobody has checked it
 
     def image(self) -> Pixels:
         """The pixels; raises the error of a bad picture."""
@@ -73,12 +74,13 @@ def as_image(source: object, *, name: str | None = None, max_pixels: int = MAX_P
     Raises ImageError where it cannot be read or is too large, SourceNotFoundError where there is no such file, and InputError where
     it is no picture at all or max_pixels is no whole number.
     """
-    return take_image(source, name=name, max_pixels=max_pixels)()
+    taken = take_image(source, name=name, max_pixels=max_pixels)
+    return taken() if callable(taken) else taken
 
 
-def take_image(source: object, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Callable[[], Pixels]:
-    """What as_image does, in two steps: everything that belongs to the caller, a file, an object of theirs, is asked here and
-    now; what is left, decoding bytes, may be done in any thread by calling the result.
+def take_image(source: object, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Pixels | Callable[[], Pixels]:
+    """What as_image does, in two steps: all that belongs to the caller, a file, an object of theirs, is asked here and now; what
+    is left of a picture that came as bytes, to decode them, may be done in any thread by calling the result.
 
     Raises as as_image does, in either step.
     """
@@ -88,21 +90,17 @@ def take_image(source: object, *, name: str | None = None, max_pixels: int = MAX
     if data is not None:
         return partial(_decode, data, name, max_pixels)
     if isinstance(source, Picture):  # its pixels are perhaps still in a file
-        return _known(_guarded(lambda: _from_picture(source, name, max_pixels), name, DAMAGED))
+        return _guarded(lambda: _from_picture(source, name, max_pixels), name, DAMAGED)
     if isinstance(source, torch.Tensor):
-        return _known(_from_array(_tensor_as_array(source, name), name, max_pixels))
+        return _from_array(_tensor_as_array(source, name), name, max_pixels)
     if isinstance(source, np.ndarray):
-        return _known(_from_array(source, name, max_pixels))
+        return _from_array(source, name, max_pixels)
     if _has(source, "image"):
         given = _drawn(source.image, name)  # type: ignore[attr-defined]
         if _has(given, "image"):  # perhaps itself, for ever
             raise InputError(f"{name}: image() must give a picture, got {type(given).__name__}, which has a method image() again")
         return take_image(given, name=name, max_pixels=max_pixels)
     raise InputError(f"{name}: a picture is a path, bytes, a file, a PIL image or a uint8 array, got {type(source).__name__}")
-
-
-def _known(pixels: Pixels) -> Callable[[], Pixels]:
-    return lambda: pixels
 
 
 def load_images(
@@ -394,7 +392,9 @@ def _opened_items(source: object, name: str, dpi: float, max_pixels: int) -> Ite
     try:
         for number in range(pdf.num_pages):
             page_name = f"{name} page {number + 1}"
-            yield _item(page_name, lambda i=number, said=page_name: pdf.render(i, said, dpi, max_pixels))  # type: ignore[misc]
+            page = _item(page_name, lambda i=number, said=page_name: pdf.render(i, said, dpi, max_pixels))  # type: ignore[misc]
+            yield page if page.pixels is None else replace(page, text=pdf.text(number))
+            del page
     finally:
         pdf.close()
 
@@ -454,6 +454,22 @@ class _Pdf:
                 bitmap.close()
         finally:
             page.close()
+
+    def text(self, number: int) -> str:
+        """A page's text layer, as far as it can be read: a page without one, or with a damaged one, says nothing."""
+        with _pdfium_lock():
+            try:
+                page = self.document[number]
+                try:
+                    layer = page.get_textpage()
+                    try:
+                        return str(layer.get_text_range()).replace("\r\n", "\n")
+                    finally:
+                        layer.close()
+                finally:
+                    page.close()
+            except Exception:
+                return ""
 
     def close(self) -> None:
         with _pdfium_lock():

@@ -58,6 +58,7 @@ def test_taking_a_picture_reads_it_and_decoding_is_left():
     assert (decode() == as_image(png(1))).all()
     with pytest.raises(ImageError, match="damaged"):
         take_image(png(1)[:-30])()
+    assert (take_image(Image.open(io.BytesIO(png(1)))) == as_image(png(1))).all()
 
 
 @pytest.mark.parametrize("way", ["ocr", "encode"])
@@ -65,9 +66,9 @@ def test_a_users_objects_are_asked_in_the_users_thread_and_bytes_are_decoded_in_
     engine = Engine.from_pretrained("nano", device="cpu")
     decoders, real = set(), Engine._show
 
-    def show(self, decode, mode):
+    def show(self, pixels, mode):
         decoders.add(threading.get_ident())
-        return real(self, decode, mode)
+        return real(self, pixels, mode)
 
     monkeypatch.setattr(Engine, "_show", show)
     pictures = [Watched(png(number)) for number in range(5)]

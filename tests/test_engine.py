@@ -329,7 +329,7 @@ def test_pictures_are_not_held_while_others_are_read(engine, monkeypatch):
         most.append(sum(ref() is not None for ref in alive))
         return pixels
 
-    monkeypatch.setattr("optmem.engine.engine.as_image", seen)
+    monkeypatch.setattr("optmem.engine.engine.take_image", seen)
     assert len(engine.encode([1, 2, 3, 4], mode="square 64")) == 4
     assert max(most) <= 2
 
@@ -480,7 +480,7 @@ def test_tokens_that_do_not_fit_are_refused(engine, change, message):
         ({"rows": [True]}, "whole numbers from 0 to 127, got True"),
         ({"rows": iter(lambda: 3, 4)}, "more than 128 of them"),
         ({"rows": 3}, "rows are an iterable of numbers"),
-        ({"draft": "magic"}, "draft must be 'auto', 'glance', 'ngrams', None"),
+        ({"draft": "magic"}, "draft must be 'auto', 'glance', 'ngrams', 'text', None"),
         ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number of at least 1"),
     ],

@@ -612,6 +612,28 @@ def test_pdf_page_by_page(pdf):
     assert next(load_images(pdf, dpi=72)).image().shape == (50, 100, 3)
 
 
+def printed_pdf(*pages):
+    """A PDF whose pages say these words; PDFium finds the objects without a table of them."""
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", "", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
+    kids = []
+    for words in pages:
+        kids.append(f"{len(objects) + 1} 0 R")
+        content = f"BT /F1 12 Tf 10 50 Td ({words}) Tj ET"
+        fonts, box = "/Resources << /Font << /F1 3 0 R >> >>", "/MediaBox [0 0 200 100]"
+        objects.append(f"<< /Type /Page /Parent 2 0 R {box} {fonts} /Contents {len(objects) + 2} 0 R >>")
+        objects.append(f"<< /Length {len(content)} >>\nstream\n{content}\nendstream")
+    objects[1] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(kids)} >>"
+    body = "".join(f"{number} 0 obj\n{what}\nendobj\n" for number, what in enumerate(objects, 1))
+    return f"%PDF-1.7\n{body}trailer << /Root 1 0 R >>\n%%EOF\n".encode()
+
+
+def test_a_pdf_says_what_stands_on_its_pages(pdf):
+    items = list(load_images(printed_pdf("Invoice 4711", "", "in all 12,50")))
+    assert [item.text for item in items] == ["Invoice 4711", "", "in all 12,50"]
+    assert (items[0].image() < 128).any()
+    assert [item.text for item in load_images(pdf)] == [""] * 3
+
+
 @pytest.mark.parametrize("kind", ["bytes", "bytearray", "memoryview", "file", "pipe"])
 def test_pdf_of_every_kind(kind, pdf, pipe):
     data = pdf.read_bytes()

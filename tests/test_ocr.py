@@ -140,6 +140,39 @@ def test_drafts_change_nothing(v1, draft):
     assert v1.decode(seen, max_tokens=60, draft=draft) == v1.decode(seen, max_tokens=60, draft=None)
 
 
+class Printed:
+    """A picture that says what stands on it, as a PDF's page does."""
+
+    def __init__(self, pixels, text):
+        self.pixels, self.text = pixels, text
+
+    def image(self):
+        return self.pixels
+
+
+def test_a_text_layer_saves_passes_and_changes_nothing(v1):
+    shown = pictures(2)
+    plain = list(v1.ocr(shown, "tiny", max_tokens=60))
+    loop = v1._started()
+    before = loop.steps
+    assert list(v1.ocr(shown, "tiny", max_tokens=60, draft=None)) == plain
+    alone, before = loop.steps - before, loop.steps
+    printed = [Printed(picture, done.text) for picture, done in zip(shown, plain, strict=True)]
+    assert list(v1.ocr(printed, "tiny", max_tokens=60, draft="text")) == plain
+    assert loop.steps - before < alone
+    for text in ("", "what does not stand there " * 9):
+        assert list(v1.ocr([Printed(picture, text) for picture in shown], "tiny", max_tokens=60, draft="text")) == plain
+    seen = v1.encode(shown[0], "tiny")
+    assert v1.decode(seen, max_tokens=60, draft=v1.text_draft(plain[0].text)) == v1.decode(seen, max_tokens=60)
+
+
+def test_a_text_belongs_to_pictures(v1):
+    with pytest.raises(InputError, match="draft='text' is for ocr"):
+        v1.decode(v1.encode(pictures(1), "tiny"), draft="text")
+    with pytest.raises(InputError, match="a text draft is made from a str, got bytes"):
+        v1.text_draft(b"words")
+
+
 def test_a_lookup_proposes_what_followed():
     assert Lookup().propose([1, 2, 3, 4, 1, 2]) == [3, 4, 1, 2]
     assert Lookup(known=[7, 8, 9, 10]).propose([5, 7, 8]) == [9, 10]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Unpack
 
 import torch
@@ -25,6 +25,7 @@ from optmem.engine.checkpoint import (
     load_model,
     read_temperatures,
 )
+from optmem.engine.draft import Draft, Lookup
 from optmem.engine.kv import make_cache
 from optmem.engine.loop import Loop
 from optmem.engine.modes import choose_mode
@@ -38,13 +39,14 @@ from optmem.engine.sampling import told
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
-from optmem.errors import InputError
+from optmem.errors import CheckpointError, InputError
 from optmem.images import Pixels, is_whole, take_image
 from optmem.items import in_parts, watched
 from optmem.model.model import Model
 from optmem.model.quantize import quantize
 from optmem.pixels import Mode, make_views
 
+TEXT_DRAFT = 32  # tokens that a text proposes at once: it is right for long, or not at all
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
 
 
@@ -131,11 +133,15 @@ class Engine:
         return [VisionTokens(tokens, each.mode, each.views.grid, encoder, each.picture) for tokens, each in found]
 
     def _take(self, picture: object, mode: Mode | str | None) -> Callable[[], Shown]:
-        """A picture's content; and its views, made by calling the result.  The picture, perhaps a hundred times as large, goes."""
-        return partial(self._show, take_image(picture), mode)
+        """A picture's views, as soon as the result is called: bytes are decoded then, in any thread.  What comes as pixels is cut
+        into views at once, so that of many pictures, perhaps a hundred times as large, none is held."""
+        taken = take_image(picture)
+        if callable(taken):
+            return lambda: self._show(taken(), mode)
+        shown = self._show(taken, mode)
+        return lambda: shown
 
-    def _show(self, decode: Callable[[], Pixels], mode: Mode | str | None) -> Shown:
-        pixels = decode()
+    def _show(self, pixels: Pixels, mode: Mode | str | None) -> Shown:
         height, width = pixels.shape[:2]
         chosen = choose_mode(self.model.config, mode, height, width)
         return Shown(chosen, make_views(pixels, chosen), (width, height))
@@ -202,6 +208,16 @@ class Engine:
         total = len(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else None
         return watched(pipeline.run(_pictures(images), mode), "reading", total=total)
 
+    def text_draft(self, text: str) -> Draft:
+        """A draft for `decode` and `stream` from a text that a page is likely to say, such as a PDF's text layer: what follows
+        the last tokens in it is proposed.  The answer is the same without it; where the text is right it is there sooner."""
+        tokenizer = self.model.tokenizer
+        if not isinstance(text, str):
+            raise InputError(f"a text draft is made from a str, got {told(text)}")
+        if tokenizer is None:
+            raise CheckpointError("a text draft needs the model's tokenizer, and this model came without one")
+        return Lookup(known=tokenizer.encode(text), most=TEXT_DRAFT)
+
     def glance(self, tokens: VisionTokens | Iterable[VisionTokens], *, rows: Iterable[int] | None = None) -> list[Glanced]:
         """What a glance sees on every page: one pass, no decoder, a probability for every character.
 
@@ -225,6 +241,8 @@ class Engine:
     def _options(self, asked: Asked, *, one: str = "") -> Options:
         wanted = options(**asked)
         self._reader.check(wanted)
+        if wanted.draft == "text" and one != "ocr":
+            raise InputError("draft='text' is for ocr, whose pictures may come with a text; elsewhere make one by text_draft")
         if one and len(wanted.prompts) > 1:
             raise InputError(f"{one} has one prompt: decode takes several")
         return wanted
@@ -297,8 +315,11 @@ class _Reads:
     def encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
         return self.engine._encode(shown)
 
-    def ask(self, page: VisionTokens) -> Answer:
-        (request,) = self.engine._reader.requests([page], self.wanted)
+    def ask(self, page: VisionTokens, text: str) -> Answer:
+        wanted = self.wanted
+        if wanted.draft == "text":
+            wanted = replace(wanted, draft=self.engine.text_draft(text) if text else "auto")
+        (request,) = self.engine._reader.requests([page], wanted)
         self.engine._started().submit(request)
         return request
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 from optmem.engine.draft import Draft
 from optmem.engine.sampling import GREEDY, Sampling, told
@@ -16,13 +16,13 @@ from optmem.images import is_whole
 from optmem.text.characters import MAX_ROWS
 from optmem.text.ngram import NgramGuard
 
-DRAFTS = ("auto", "glance", "ngrams")
 MOST_STOPS = 16  # strings
 LONGEST_STOP = 256  # characters
 MOST_PROMPTS = 64  # on one page
 
-DraftName = Literal["auto", "glance", "ngrams"]
+DraftName = Literal["auto", "glance", "ngrams", "text"]
 GuardName = Literal["auto"]
+DRAFTS: tuple[str, ...] = get_args(DraftName)
 
 
 class Asked(TypedDict, total=False):
@@ -76,8 +76,9 @@ def options(
 
     prompt        a task by its name, or words; several are asked of every page, which is written once.  None: the family's own
     rows          of every page, for nano; None is all down to the end of the text.  Rows below it add nothing
-    draft         a guess to be verified, which changes no answer: "glance" is nano's own, "ngrams" what followed before, or any
-                  object with `propose`; "auto" is nano's glance and nothing for the others; None: token by token
+    draft         a guess to be verified, which changes no answer: "glance" is nano's own, "ngrams" what followed before, "text",
+                  for ocr, what a PDF says of its page, or any object with `propose` (Engine.text_draft makes one of a text);
+                  "auto" is nano's glance and nothing for the others; None: token by token
     max_tokens    of a page, ends of rows counted; finish_reason is "length" where more was to be said
     temperature   0 is greedy; above, tokens are drawn, from the likeliest of mass top_p, the same ones for the same seed
     ngram_guard   what may not repeat; "auto" is what the family's public scripts use

@@ -45,8 +45,8 @@ class Reader(Protocol):
     def encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
         """The vision tokens of pictures."""
 
-    def ask(self, page: VisionTokens) -> Answer:
-        """A request that is on its way."""
+    def ask(self, page: VisionTokens, text: str) -> Answer:
+        """A request that is on its way; the text is what came with the picture, and may be right."""
 
     def cancel(self, asked: Answer) -> None:
         """Gives it up."""
@@ -120,7 +120,7 @@ class Pipeline:
                 sound.append(page)
                 shown.append(found)
         for page, tokens in zip(sound, self._encoded(shown), strict=True):
-            asked = tokens if isinstance(tokens, OptmemError) else _tried(partial(self.reader.ask, tokens))
+            asked = tokens if isinstance(tokens, OptmemError) else _tried(partial(self.reader.ask, tokens, _text_of(page.picture)))
             if isinstance(asked, OptmemError):
                 page.error = asked
             else:
@@ -171,6 +171,12 @@ def _growing(pages: Iterable[_Page]) -> Iterator[list[_Page]]:
     while new := list(islice(rest, min(AT_ONCE, max(1, taken)))):
         taken += len(new)
         yield new
+
+
+def _text_of(picture: object) -> str:
+    """What a picture says of itself: images.LoadedImage does, of a PDF's pages."""
+    text = getattr(picture, "text", None)
+    return text if isinstance(text, str) else ""
 
 
 class _Source:
