@@ -26,6 +26,7 @@ from optmem.engine.checkpoint import (
     read_temperatures,
 )
 from optmem.engine.draft import Draft, Lookup
+from optmem.engine.encoding import EncodeQueue
 from optmem.engine.kv import make_cache
 from optmem.engine.loop import Loop
 from optmem.engine.modes import choose_mode
@@ -70,6 +71,7 @@ class Engine:
         self.model = model
         self.temperatures = temperatures
         self.cache_bytes, self.limits = cache_bytes, limits
+        self._encoding = EncodeQueue(model.encode)
         self._loop: Loop | None = None
         self._lock = threading.Lock()
 
@@ -128,7 +130,7 @@ class Engine:
         return encoded
 
     def _encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
-        features, encoder = self.model.encode([each.views for each in shown]), self.encoder_fingerprint
+        features, encoder = self._encoding.encode([each.views for each in shown]), self.encoder_fingerprint
         found = zip(features, shown, strict=True)
         return [VisionTokens(tokens, each.mode, each.views.grid, encoder, each.picture) for tokens, each in found]
 
