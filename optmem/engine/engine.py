@@ -38,6 +38,7 @@ from optmem.engine.rows import PageRequest, RowsReader
 from optmem.engine.runner import Runner
 from optmem.engine.sampling import told
 from optmem.engine.scheduler import Limits, Scheduler
+from optmem.engine.search import LEAST, Found, Words, found_in
 from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import CheckpointError, InputError
@@ -227,11 +228,44 @@ class Engine:
 
         Raises InputError as decode does.
         """
-        wanted, reader = self._options({"rows": rows}), self._reader
-        if not isinstance(reader, RowsReader):
-            raise InputError(f"only nano has a glance, this is a {self.model.config.family} model")
+        wanted, reader = self._options({"rows": rows}), self._rows_reader("glance")
         temperature = (self.temperatures or Temperatures()).glance
         return [reader.glance(pages, wanted.rows, temperature) for pages in self._groups(tokens)]
+
+    def search(
+        self,
+        tokens: VisionTokens | Iterable[VisionTokens],
+        words: str,
+        *,
+        limit: int | None = None,
+        least: float = LEAST,
+        ignore_case: bool = False,
+    ) -> list[Found]:
+        """Where these words are likely to stand on the pages, the likeliest first: by a glance, with no text and no decoder.
+
+        limit   places, at most; None is all
+        least   what is given is at least so sure
+
+        Words that are broken over two lines are found where the line is full.  Raises InputError as glance does, and for words
+        that are blank or more than a line.
+        """
+        if not (isinstance(least, int | float) and 0 < least <= 1):
+            raise InputError(f"least must be above 0 and at most 1, got {told(least)}")
+        if limit is not None and not (is_whole(limit) and limit >= 0):
+            raise InputError(f"limit must be a whole number of at least 0, or None, got {told(limit)}")
+        reader = self._rows_reader("search")
+        wanted = Words(words, reader.tokenizer, ignore_case=ignore_case)
+        temperature = (self.temperatures or Temperatures()).glance
+        found: list[Found] = []
+        for number, pages in enumerate(self._groups(tokens)):
+            found += found_in(number, reader.fits(pages, wanted, temperature), least)
+        return sorted(found, key=lambda each: -each.confidence)[:limit]
+
+    def _rows_reader(self, what: str) -> RowsReader:
+        """Nano's reader.  Raises InputError for a public model."""
+        if not isinstance(self._reader, RowsReader):
+            raise InputError(f"only nano has a {what}, this is a {self.model.config.family} model")
+        return self._reader
 
     # --- behind them --------------------------------------------------------------------------------------------------------
 

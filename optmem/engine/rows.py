@@ -23,6 +23,7 @@ from optmem.engine.result import Completion, Glanced
 from optmem.engine.runner import Runner
 from optmem.engine.sampling import GREEDY, Sampling
 from optmem.engine.scheduler import Limits, Scheduler
+from optmem.engine.search import Words
 from optmem.engine.speech import Prefix, Speech
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import CheckpointError, InputError
@@ -202,6 +203,10 @@ class RowsReader:
         """What a glance sees on a page."""
         page = self._one(pages)
         return saw(self.head.read(page.features, temperature=temperature), self.tokenizer, rows)
+
+    def fits(self, pages: Sequence[VisionTokens], words: Words, temperature: float) -> Tensor:
+        """How well words fit at each cell of a page: [rows, columns]."""
+        return words.find(self.head, self._one(pages).features, temperature=temperature)
 
 
 # --- without an engine --------------------------------------------------------------------------------------------------------

@@ -82,16 +82,33 @@ class Glance(ReadOut):
 
         Raises InputError where the tokens are not those of one square view.
         """
-        across = round(tokens.shape[0] ** 0.5)
-        if tokens.dim() != 2 or across**2 != tokens.shape[0] or across == 0:
-            raise InputError(f"a glance takes the tokens of one square view, [n * n, hidden], got {list(tokens.shape)}")
-        votes = self.vote(tokens[None])[0].float().softmax(-1)
-        confidence, winner = votes.max(-1)
-        cell = self.known[int(winner)]
-        pixels, shape = centres(across * PIXELS_PER_TOKEN, cell, rows)
-        logits = self(tokens[None], pixels[None].to(tokens.device))[0].float() / temperature
+        cell, confidence = self._cell(tokens)
+        logits, shape = self._logits(tokens, cell, rows, temperature)
         probabilities, ids = logits.softmax(-1).max(-1)
-        return Glimpse(ids.view(shape), probabilities.view(shape), cell, float(confidence))
+        return Glimpse(ids.view(shape), probabilities.view(shape), cell, confidence)
+
+    @torch.inference_mode()
+    def chances(self, tokens: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """How likely each of these ids stands in each cell of a page: logarithms, fp32 [rows, columns, len(ids)].
+
+        Raises InputError where the tokens are not those of one square view.
+        """
+        logits, shape = self._logits(tokens, self._cell(tokens)[0], None, temperature)
+        return logits.log_softmax(-1)[:, ids].view(*shape, -1)
+
+    def _cell(self, tokens: Tensor) -> tuple[tuple[int, int], float]:
+        """Height and width of a page's cells, and how sure the tokens are of it."""
+        if tokens.dim() != 2 or not tokens.shape[0] or round(tokens.shape[0] ** 0.5) ** 2 != tokens.shape[0]:
+            raise InputError(f"a glance takes the tokens of one square view, [n * n, hidden], got {list(tokens.shape)}")
+        confidence, winner = self.vote(tokens[None])[0].float().softmax(-1).max(-1)
+        return self.known[int(winner)], float(confidence)
+
+    def _logits(
+        self, tokens: Tensor, cell: tuple[int, int], rows: range | None, temperature: float
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Of every cell, one after the other, fp32 [rows * columns, symbols]; rows and columns."""
+        pixels, shape = centres(round(tokens.shape[0] ** 0.5) * PIXELS_PER_TOKEN, cell, rows)
+        return self(tokens[None], pixels[None].to(tokens.device))[0].float() / temperature, shape
 
 
 def centres(side: int, cell: tuple[int, int], rows: range | None = None) -> tuple[Tensor, tuple[int, int]]:
