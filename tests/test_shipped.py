@@ -3,6 +3,7 @@
 from random import Random
 
 import pytest
+import torch
 
 import optmem
 from optmem.engine.checkpoint import FIDELITY, find_checkpoint
@@ -62,3 +63,24 @@ def test_it_reads_what_no_language_model_can_guess(engine):
     text = " ".join(words)
     done = engine.decode(engine.encode(optmem.paginate(text)))
     assert likeness(optmem.document_text(done), text) > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_page_alone_and_among_31_others_says_the_same(dtype):
+    """64 pages of other lengths, in any order, with memory so short that texts give way."""
+    chance = Random(5)
+    words = ["zorb", "Quilt", "17", "plinth", "x9", "never\n", "ohm", "KLM,", "drift\t", "(4711)"]
+    texts = [" ".join(chance.choices(words, k=chance.randrange(1, 340))) for _ in range(64)]
+    roomy = optmem.Engine.from_pretrained("nano", device="cpu", dtype=dtype)
+    tight = optmem.Engine(roomy.model, roomy.temperatures, cache_bytes=24 * 2**20)
+    tokens = roomy.encode([optmem.paginate(text)[0] for text in texts])
+    alone = [roomy.decode(page)[0] for page in tokens]
+    order = list(range(64))
+    chance.shuffle(order)
+    for first in (0, 32):
+        some = order[first : first + 32]
+        for draft in ("auto", None):
+            for at, done in zip(some, tight.decode([tokens[at] for at in some], draft=draft), strict=True):
+                assert (done.token_ids, done.logprobs) == (alone[at].token_ids, alone[at].logprobs)
+    assert tight._started().scheduler.preemptions > 0
