@@ -109,10 +109,11 @@ void expert_mlp(const ExpertMlp<T, W>& job, int num_threads) {
     inner_rows[i] = inner.data() + i * job.width;
   }
   const int64_t num_pieces = static_cast<int64_t>(pieces.size());
+  const int run = run_of(num_pieces, num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
     std::vector<float> sums(job.tokens * kChunk);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run)
     for (int64_t p = 0; p < num_pieces; ++p) project_in(job, kernel, pieces[p], x_rows.data(), inner.data());
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < job.hidden; first += kChunk) {

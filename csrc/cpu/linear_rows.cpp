@@ -26,7 +26,8 @@ void linear_rows(const LinearRows<T, Out, W>& job, int num_threads) {
   const auto store = OPTMEM_DISPATCH(Store<Out>::store);
   std::vector<const T*> tokens(job.tokens);
   for (int64_t t = 0; t < job.tokens; ++t) tokens[t] = job.x + t * job.in;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+  const int run = run_of((job.rows + kChunk - 1) / kChunk, num_threads);
+#pragma omp parallel for schedule(dynamic, run) num_threads(num_threads)
   for (int64_t first = 0; first < job.rows; first += kChunk) {
     const int64_t rows = std::min(kChunk, job.rows - first);
     const ChunkRows<W> chunk = rows_from(job.weight, job.scales, first, rows, job.in);
