@@ -16,6 +16,8 @@ from optmem.errors import InputError, OptmemError
 from optmem.files import check_writable
 from optmem.images import LoadedImage, load_images
 from optmem.items import in_parts, watched
+from optmem.pixels import find_mode
+from optmem.reading_output import Texts, warn
 
 Command = Callable[..., None]
 AT_ONCE = 16  # pictures that are encoded together
@@ -107,10 +109,25 @@ def _encoded(engine: Engine, images: Iterator[LoadedImage], mode: str | None) ->
 def decode(
     files: Sequence[Path], rows: str | None, prompt: str | None, max_tokens: int | None, as_json: bool, model: str, device: str
 ) -> None:
-    """Read files of vision tokens, as `optmem encode` writes them."""
+    """Read files of vision tokens, as `optmem encode` writes them.
+
+    Consecutive pages of a text that `optmem render` drew are joined: the text comes back as it was.  A page that nano hardly reads
+    is named on stderr.
+    """
     engine = Engine.from_pretrained(model, device=device)
-    done = engine.decode((VisionTokens.load(file) for file in watched(files, "reading")), **_wanted(rows, prompt, max_tokens))
-    _print([(str(file), each) for file, each in zip(files, done, strict=True)], as_json)
+    sides: list[int] = []
+
+    def loaded() -> Iterator[VisionTokens]:
+        for file in watched(files, "reading"):
+            tokens = VisionTokens.load(file)
+            sides.append(tokens.mode.size)
+            yield tokens
+
+    output = _Output(engine, model, rows, as_json)
+    with output:
+        every = engine.decode(loaded(), **_wanted(rows, prompt, max_tokens))
+        for file, side, done in zip(files, sides, every, strict=True):
+            output.add(str(file), file.name, side, done)
 
 
 @click.command()
@@ -129,7 +146,11 @@ def ocr(
     model: str,
     device: str,
 ) -> None:
-    """Read pictures, PDFs and folders of them.  One that cannot be read is named at the end; the others are read."""
+    """Read pictures, PDFs and folders of them.  One that cannot be read is named at the end; the others are read.
+
+    Consecutive pages of a text that `optmem render` drew are joined: the text comes back as it was.  A page that nano hardly reads
+    is named on stderr.
+    """
     engine = Engine.from_pretrained(model, device=device)
     names: list[str] = []
 
@@ -138,17 +159,14 @@ def ocr(
             names.append(image.name)
             yield image
 
-    listed: list[dict[str, Any]] = []
     failed: list[tuple[str, Exception]] = []
-    for number, done in enumerate(engine.ocr(named(), mode, **_wanted(rows, prompt, max_tokens))):
-        if as_json:
-            listed.append(_described(names[number], done))
-        else:
-            _print([(names[number], done)], as_json)
-        if done.error is not None:
-            failed.append((names[number], done.error))
-    if as_json:
-        click.echo(json.dumps(listed, indent=2))
+    output = _Output(engine, model, rows, as_json)
+    with output:
+        for number, done in enumerate(engine.ocr(named(), mode, **_wanted(rows, prompt, max_tokens))):
+            name = names[number]
+            output.add(name, name, find_mode(done.attempts[-1].mode).size if done.attempts else 0, done)
+            if done.error is not None:
+                failed.append((name, done.error))
     _raise_last(failed)
 
 
@@ -178,13 +196,32 @@ def read_rows(rows: str) -> range:
     return range(first, end)
 
 
-def _print(results: Sequence[tuple[str, Completion]], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps([_described(name, done) for name, done in results], indent=2))
-        return
-    for _, done in results:
-        if done.error is None:
-            click.echo(done.text, nl=not done.text.endswith("\n"))
+class _Output:
+    """What is printed of the pages that were read: texts as they come, or all of them as JSON at the end; doubts on stderr."""
+
+    def __init__(self, engine: Engine, model: str, rows: str | None, as_json: bool) -> None:
+        self.is_nano = engine.model.config.family == "nano"
+        self.is_shipped = model == "nano"
+        self.texts = Texts(joins=self.is_nano and rows is None)
+        self.listed: list[dict[str, Any]] | None = [] if as_json else None
+
+    def add(self, source: str, name: str, side: int, done: Completion) -> None:
+        """One page more: as it was given, by its file's name, as wide as it was shown."""
+        if self.listed is not None:
+            self.listed.append(_described(source, done))
+        else:
+            self.texts.add(name, done)
+        if self.is_nano and done.error is None:
+            warn(name, done, side if self.is_shipped else None)
+
+    def __enter__(self) -> None:
+        """Nothing is open yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.listed is None:
+            self.texts.close()
+        elif kind is None:
+            click.echo(json.dumps(self.listed, indent=2))
 
 
 def _described(name: str, done: Completion) -> dict[str, Any]:
@@ -203,4 +240,4 @@ def _described(name: str, done: Completion) -> dict[str, Any]:
 
 def _file_name(name: str) -> str:
     """A name that any file system takes."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100] or "page"
+    return re.sub(r"[^\w.-]+", "-", name)[-100:].strip("-.") or "page"  # the end tells which page of a text it is

@@ -203,6 +203,61 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_read(run, tmp
         assert err.startswith("optmem: odd.png: ")
 
 
+WARNED = "nano reads pages as optmem render draws them"
+
+
+def test_pages_that_nano_reads_are_not_warned_of(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("Words, and 0123456789abcdef\n" * 3)
+    for size in ("256", "512", "640"):
+        for cell in ("8x16", "8x8"):
+            run("render", "notes.txt", "-o", f"{size}-{cell}", "--size", size, "--cell", cell)
+            code, out, err = run("ocr", f"{size}-{cell}")
+            assert (code, out, err) == (0, (tmp_path / "notes.txt").read_text(), "")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [("--style", "document"), ("--cell", "6x12"), ("--cell", "5x8"), ("--size", "320"), ("--size", "1280")],
+    ids=" ".join,
+)
+def test_a_page_that_nano_does_not_read_is_named(run, tmp_path, form):
+    (tmp_path / "notes.md").write_text("# A title\n\nwords of a page, and more words\n")
+    run("render", "notes.md", "-o", "pages", *form)
+    (page,) = (tmp_path / "pages").iterdir()
+    code, _, err = run("ocr", "pages")
+    assert (code, err.count(WARNED)) == (0, 1)
+    assert err.startswith(f"optmem: {page.name}: ")
+    run("encode", "pages", "-o", "tokens")
+    code, out, err = run("decode", *map(str, (tmp_path / "tokens").iterdir()), "--json")
+    assert (code, err.count(WARNED), len(json.loads(out))) == (0, 1, 1)
+
+
+PROSE = "optical memory reads words of a page "
+
+
+@pytest.mark.parametrize("text", ["", "no line end", (PROSE * 20)[:509] + "漢 is cut", "cut by the end of a page\n" * 20], ids=len)
+def test_a_text_of_many_pages_comes_back_as_it_was(run, tmp_path, text):
+    """An escape, too, that begins on one page and ends on the next."""
+    (tmp_path / "notes.txt").write_text(text)
+    run("render", "notes.txt", "-o", "pages", "--size", "256")
+    code, out, _ = run("ocr", "pages")
+    assert (code, out) == (0, text)
+    run("encode", "pages", "-o", "tokens")
+    code, out, _ = run("decode", *map(str, sorted((tmp_path / "tokens").iterdir())))
+    assert (code, out) == (0, text)
+
+
+def test_only_consecutive_pages_of_one_text_are_joined(run, tmp_path):
+    (tmp_path / "a.txt").write_text(PROSE * 30)
+    (tmp_path / "b.txt").write_text("of another")
+    for name in ("a.txt", "b.txt"):
+        run("render", name, "-o", "pages", "--size", "256")
+    first, second, third = sorted((tmp_path / "pages").glob("a.txt-*"))
+    assert run("ocr", "pages")[1] == PROSE * 30 + "\nof another"
+    second.unlink()
+    assert run("ocr", str(first), str(third))[1].count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -19,7 +19,7 @@ LAYERS = [
     {"model"},
     {"engine"},
     {"train"},
-    {"demo", "demo_report", "reading_commands", "testing", "cli"},
+    {"demo", "demo_report", "reading_commands", "reading_output", "testing", "cli"},
 ]
 
 
