@@ -213,13 +213,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         Trainer(Parts(replace(tiny_nano(), glance=GlanceConfig(code=4, width=16))), recipe, FEED, Run(tmp_path / "part"))
 
 
+def text_in(corpus):
+    for side in ("train", "held-out"):
+        (corpus / side).mkdir(parents=True)
+        for name in ("prose", "code", "words"):
+            (corpus / side / f"{name}.txt").write_text("some words of a page\n" * 50)
+    (corpus / "corpus.json").write_text("{}")
+
+
 def test_the_command_trains_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # a folder beside us, not from the root
-    for side in ("train", "held-out"):
-        (tmp_path / "corpus" / side).mkdir(parents=True)
-        for name in ("prose", "code", "words"):
-            (tmp_path / "corpus" / side / f"{name}.txt").write_text("some words of a page\n" * 50)
-    (tmp_path / "corpus" / "corpus.json").write_text("{}")
+    text_in(tmp_path / "corpus")
     stage = '[[stages]]\nname = "{}"\nsteps = 2\ntrains = "encoder"\nbatch = 2\npages = [{{ size = 128, cell = "8x16" }}]\n'
     Path("short.toml").write_text(stage.format("first"))
     main(["train", "short.toml", "run", "--corpus", "corpus", "--threads", "1"])
@@ -228,6 +232,37 @@ def test_the_command_trains_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "model-second" in capsys.readouterr().out
     assert [line["stage"] for line in read_log(Path("run/log.jsonl"))] == ["first", "second"]
     assert json.loads(Path("run/state/state.json").read_text())["pages"] == 8
+
+
+OTHERS = {
+    "seed": lambda recipe: replace(recipe, seed=7),
+    "another stage": lambda recipe: tiny_recipe(replace(recipe.stages[0], name="other"), *recipe.stages[1:]),
+    "other pages": lambda recipe: tiny_recipe(replace(recipe.stages[0], pages=(Form(256, "8x8"),)), *recipe.stages[1:]),
+    "fewer stages": lambda recipe: tiny_recipe(recipe.stages[0]),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_folder_takes_one_recipe(tmp_path, other):
+    stage = encoder_stage(steps=1, batch=2)
+    recipe = tiny_recipe(stage, replace(stage, name="second", steps=3))
+    run = Run(tmp_path / "run")
+    Trainer(Parts(tiny_nano()), recipe, FEED, run).train(until=2)
+    before = (run.state / "state.json").read_text()
+    with pytest.raises(InputError, match="run was begun with another recipe"):
+        Trainer(Parts(tiny_nano()), other(recipe), FEED, run)
+    assert (run.state / "state.json").read_text() == before
+    steered = tiny_recipe(*(replace(each, steps=each.steps + 1, rates=Rates(0.01, 0.001)) for each in recipe.stages))
+    assert Trainer(Parts(tiny_nano()), steered, FEED, run).place.stage == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_text_is_collected(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("short.toml").write_text('[[stages]]\nname = "a"\nsteps = 1\npages = [{ size = 128 }]\n')
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "short.toml", "/proc/x", "--corpus", "corpus"])
+    assert (leaving.value.code, Path("corpus").exists()) == (73, False)
+    assert "cannot write to /proc/x" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -271,6 +306,26 @@ def test_a_training_can_be_stopped_and_goes_on(tmp_path):
     again = Trainer(Parts(tiny_nano()), recipe, FEED, Run(tmp_path))
     again.train()
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_stopped_command_says_where_and_leaves_with_130(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text_in(Path("corpus"))
+    Path("long.toml").write_text(
+        '[[stages]]\nname = "first"\nsteps = 99\nbatch = 2\ntrains = "encoder"\npages = [{ size = 128 }]\n'
+    )
+    step = Trainer.step
+
+    def stopped(self, *rest):
+        signal.raise_signal(signal.SIGINT)
+        return step(self, *rest)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "long.toml", "run", "--corpus", "corpus", "--threads", "1"])
+    assert leaving.value.code == 130
+    assert "stopped at step 1 of stage first; the same command goes on" in capsys.readouterr().err
 
 
 def test_a_training_can_start_from_a_model():

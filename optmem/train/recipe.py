@@ -11,9 +11,10 @@ rates = { muon = 0.02, adam = 2e-3 }
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from optmem.train.synth import Form
 T = TypeVar("T")
 TRAINED = ("encoder", "decoder", "all")
 BEGINNINGS = ("", "graft")
+_STEERED = {"minutes", "steps", "rates", "warmup", "cooldown", "coolest"}  # what may change while a stage is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,12 @@ class Recipe:
     log_seconds: float = 5.0
     save_minutes: float = 3.0
 
+    def note(self) -> dict[str, Any]:
+        """What a training begun with this recipe is known by, as JSON has it.  How long and how fast may be steered."""
+        stages = [{name: value for name, value in asdict(stage).items() if name not in _STEERED} for stage in self.stages]
+        note: dict[str, Any] = json.loads(json.dumps({"seed": self.seed, "stages": stages}))
+        return note
+
     def scaled(self, minutes: float) -> Recipe:
         """The same stages in so many minutes together; every stage keeps its share."""
         whole = sum(stage.minutes for stage in self.stages)
@@ -108,6 +116,20 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     if not isinstance(stages, list) or not stages:
         raise InputError("a recipe needs at least one [[stages]]")
     return _build(Recipe, {**content, "stages": tuple(_stage(stage) for stage in stages)}, "recipe")
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], num_stages: int) -> str | None:
+    """Where two notes differ in the seed or the first stages; None where they do not."""
+    if before["seed"] != now["seed"]:
+        return f"seed {before['seed']}, not {now['seed']}"
+    for number, stage in enumerate(before["stages"][:num_stages]):
+        if number >= len(now["stages"]):
+            return f"a stage {stage['name']!r} behind the last of these"
+        other = now["stages"][number]
+        name = next((name for name in stage if stage[name] != other.get(name)), None)
+        if name is not None:
+            return f"{name} {stage[name]!r} in stage {stage['name']!r}, not {other.get(name)!r}"
+    return None
 
 
 def _stage(content: Mapping[str, Any]) -> Stage:

@@ -9,16 +9,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optmem.errors import CheckpointError
+from optmem.errors import CheckpointError, InputError
 from optmem.files import open_inside, read_json
 from optmem.model.tensor_file import read_header, read_tensor, write_file
+from optmem.train.recipe import Recipe, difference
 
-TENSORS, PLACE = "state.safetensors", "state.json"
-MAX_PLACE = 1 << 16  # bytes
+TENSORS, PLACE, RECIPE = "state.safetensors", "state.json", "recipe.json"
+MAX_PLACE, MAX_RECIPE = 1 << 16, 1 << 22  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,16 @@ class Place:
     taken: int = 0  # steps of the stage's optimiser
 
 
-def save_state(folder: Path, place: Place, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a training's state in place of the one before it."""
+def save_state(folder: Path, place: Place, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
+    """Writes a training's state in place of the one before it.
+
+    recipe   its note: by which the training goes on, and no other
+    """
     unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.unfinished"
     unfinished.mkdir(parents=True)
     write_file(unfinished / TENSORS, tensors, {"kind": "optmem training"})
     (unfinished / PLACE).write_text(json.dumps(asdict(place)), encoding="utf-8")
+    (unfinished / RECIPE).write_text(json.dumps(recipe), encoding="utf-8")
     old = unfinished.with_suffix(".old")
     if folder.exists():
         folder.rename(old)
@@ -52,6 +58,18 @@ def load_place(folder: Path) -> Place:
         return Place(**fields)  # type: ignore[arg-type]  # checked by the next line
     except TypeError as error:
         raise CheckpointError(f"{PLACE} is not the state of a training: {error}") from None
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises InputError where the training in this folder, if there is one, was begun with another recipe."""
+    if not (folder / RECIPE).is_file():
+        return  # nothing is begun, or before recipes were noted
+    place = load_place(folder)
+    before = read_json(folder.resolve(), RECIPE, limit=MAX_RECIPE)
+    other = difference(before, recipe.note(), place.stage + (place.step > 0))
+    if other is not None:
+        begun = f"{folder.resolve().parent.name} was begun with another recipe: {other[:200]}"
+        raise InputError(f"{begun}; go on with that one, or take another folder")
 
 
 def load_tensors(folder: str | os.PathLike[str], into: Mapping[str, Tensor]) -> None:

@@ -13,16 +13,19 @@ import torch
 from tqdm import tqdm
 
 from optmem.engine.checkpoint import choose_device, find_checkpoint
+from optmem.files import check_writable
 from optmem.model.config_json import public_config
 from optmem.model.model import Model
 from optmem.train.alignment import Parts
 from optmem.train.feed import SynthFeed
 from optmem.train.losses import Score
 from optmem.train.recipe import Recipe, Stage, read_recipe
+from optmem.train.state import check_recipe
 from optmem.train.synth_command import CORPUS, collected
 from optmem.train.trainer import Run, Trainer, progress
 
 SHOWN = ("glance", "text", "look 1", "look 2")  # of a step's scores, those that say most
+STOPPED = 130  # the exit code of what a signal ended
 TICKS = 1000  # of the bar, for a whole stage
 
 
@@ -44,26 +47,31 @@ def register(cli: click.Group) -> None:
 def train(recipe: Path, folder: Path, start: str | None, minutes: float | None, device: str, threads: int, corpus: Path) -> None:
     """Train a reader by RECIPE in FOLDER, or go on with the training that is there.
 
-    FOLDER gets log.jsonl, curves.svg, the state to go on from, and after each stage model-<stage>, a checkpoint to load.
+    FOLDER gets log.jsonl, curves.svg, the state to go on from, and after each stage model-<stage>, a checkpoint to load.  It takes
+    one recipe, whose minutes, steps and rates may change and which may get further stages.
     """
     plan = read_recipe(recipe)
     if minutes is not None:
         plan = plan.scaled(minutes)
-    place = choose_device(device)
+    place, run = choose_device(device), Run(folder)
+    checkpoint = None if start is None else find_checkpoint(start)
+    check_writable(folder)  # this and the next before a minute of collecting text
+    check_recipe(run.state, plan)
     if threads:
         torch.set_num_threads(threads)
     text = collected(corpus)
     with Bar(plan) as bar:
         parts, feed = Parts(public_config("nano"), plan.seed), SynthFeed(text)
-        if start is not None:
-            parts.start_from(Model.load(find_checkpoint(start)))
-        trainer = Trainer(parts, plan, feed, Run(folder), device=str(place), watch=bar.show)
+        if checkpoint is not None:
+            parts.start_from(Model.load(checkpoint))
+        trainer = Trainer(parts, plan, feed, run, device=str(place), watch=bar.show)
         with stopped_by_signals(trainer):
             trainer.train()
-    if trainer.is_stopping:
-        click.echo(f"stopped at step {trainer.place.step} of a stage; the same command goes on")
-        return
-    click.echo(f"trained: the checkpoint is {Run(folder).model(plan.stages[-1])}, the curves are {folder / 'curves.svg'}")
+    if trainer.place.stage < len(plan.stages):
+        stage = plan.stages[trainer.place.stage].name
+        click.echo(f"stopped at step {trainer.place.step} of stage {stage}; the same command goes on", err=True)
+        raise SystemExit(STOPPED)
+    click.echo(f"trained: the checkpoint is {run.model(plan.stages[-1])}, the curves are {folder / 'curves.svg'}")
 
 
 @contextmanager

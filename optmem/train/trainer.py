@@ -29,7 +29,7 @@ from optmem.train.labels import Labels, label
 from optmem.train.losses import Score, score
 from optmem.train.muon import Optimizer
 from optmem.train.recipe import Recipe, Stage
-from optmem.train.state import TENSORS, Place, load_place, load_tensors, save_state
+from optmem.train.state import TENSORS, Place, check_recipe, load_place, load_tensors, save_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +203,11 @@ class Trainer:
         return weights | (self.optimizer.state if self.place.step else {})
 
     def _save(self) -> None:
-        save_state(self.run.state, self.place, self._tensors())
+        save_state(self.run.state, self.place, self._tensors(), self.recipe.note())
 
     def _resume(self) -> None:
+        """Raises InputError where the training that is there was begun with another recipe."""
+        check_recipe(self.run.state, self.recipe)
         self.place = load_place(self.run.state)
         stage = self.recipe.stages[min(self.place.stage, len(self.recipe.stages) - 1)]
         self.optimizer = Optimizer(self._trained(stage))
