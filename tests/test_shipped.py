@@ -1,5 +1,6 @@
 """The checkpoint in the package: it is there, it is small, and it reads text that it was never shown."""
 
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -84,3 +85,25 @@ def test_a_page_alone_and_among_31_others_says_the_same(dtype):
             for at, done in zip(some, tight.decode([tokens[at] for at in some], draft=draft), strict=True):
                 assert (done.token_ids, done.logprobs) == (alone[at].token_ids, alone[at].logprobs)
     assert tight._started().scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize(("size", "cell", "last"), [(512, "8x16", 31), (512, "8x8", 63), (256, "8x16", 15)])
+def test_rows_below_the_page_are_refused(engine, size, cell, last):
+    tokens = engine.encode(optmem.paginate(LETTER, size=size, cell=cell))[0]
+    for ask in (engine.decode, engine.glance):
+        assert ask(tokens, rows=[last])
+        with pytest.raises(optmem.OptmemError, match=f"has the rows 0 to {last}, got {last + 1}"):
+            ask(tokens, rows=[last + 1])
+    with pytest.raises(optmem.OptmemError, match="has the rows 0 to"):
+        engine.decode(tokens, rows=[last + 1], draft=None)
+
+
+def test_the_readme_says_what_its_example_gives(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = (Path(optmem.__file__).parent.parent / "README.md").read_text().split("```python\n")[1].split("from optmem.images")[0]
+    names = {}
+    exec(example, names)
+    text, tokens = names["text"], names["tokens"]
+    assert optmem.document_text(engine.decode(tokens)) == text
+    assert engine.decode(tokens[0], rows=range(12, 15))[0].text == "line 12 of a text\nline 13 of a text\nline 14 of a text\n"
+    assert (tmp_path / "page.safetensors").is_file()

@@ -75,7 +75,8 @@ def options(
     """The arguments of decode, ocr and stream.
 
     prompt        a task by its name, or words; several are asked of every page, which is written once.  None: the family's own
-    rows          of every page, for nano; None is all down to the end of the text.  Rows below it add nothing
+    rows          of every page, for nano; None is all down to the end of the text.  Rows below it add nothing,
+                  rows below the page are refused
     draft         a guess to be verified, which changes no answer: "glance" is nano's own, "ngrams" what followed before, "text",
                   for ocr, what a PDF says of its page, or any object with `propose` (Engine.text_draft makes one of a text);
                   "auto" is nano's glance and nothing for the others; None: token by token

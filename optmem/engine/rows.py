@@ -17,7 +17,7 @@ from torch import Tensor
 from optmem.engine.draft import CellDraft, Draft, Lookup
 from optmem.engine.loop import Loop
 from optmem.engine.options import Options
-from optmem.engine.reading import complete, saw
+from optmem.engine.reading import LOWEST, complete, saw
 from optmem.engine.requests import Answer, Request
 from optmem.engine.result import Completion, Glanced
 from optmem.engine.runner import Runner
@@ -36,6 +36,7 @@ from optmem.ops import PAGE_UNIT
 from optmem.text.characters import END, EOL, CharacterTokenizer
 
 ROW_SEED = 1 << 40  # between the seeds of two rows
+SURE = 0.9  # of the size of a page's cells: pages that are read have .99
 BLOCK = 33  # rows that a whole page is asked for at once: those of the default form, and the one below them
 
 
@@ -178,6 +179,7 @@ class RowsReader:
     ) -> list[PageRequest]:
         """One request for a page."""
         page = self._one(pages)
+        self._check_rows(page, options.rows)
         return [PageRequest(page, self._asked(page, options), self, options)]
 
     @torch.inference_mode()
@@ -191,6 +193,18 @@ class RowsReader:
         own = options.draft
         return PageRows(prefix, options.rows, lambda _: Lookup() if isinstance(own, str) else own, most)
 
+    def _check_rows(self, page: VisionTokens, rows: Sequence[int] | None) -> None:
+        """Raises InputError for rows that the page has no room for, by the cells that the glance is sure of, or by the least."""
+        if not rows:
+            return
+        seen = self.head.read(page.features, rows=range(0))
+        height = seen.cell[0] if seen.confidence > SURE else LOWEST
+        last = page.mode.size // height - 1
+        outside = [row for row in rows if row > last]
+        if outside:
+            cells = f"{page.mode.size} pixels in cells of {height}" if height == seen.cell[0] else f"{page.mode.size} pixels"
+            raise InputError(f"a page of {cells} has the rows 0 to {last}, got {outside[0]}")
+
     def _one(self, pages: Sequence[VisionTokens]) -> VisionTokens:
         """The page.  Raises InputError for several, and for one of several views."""
         if len(pages) > 1:
@@ -202,6 +216,7 @@ class RowsReader:
     def glance(self, pages: Sequence[VisionTokens], rows: Sequence[int] | None, temperature: float) -> Glanced:
         """What a glance sees on a page."""
         page = self._one(pages)
+        self._check_rows(page, rows)
         return saw(self.head.read(page.features, temperature=temperature), self.tokenizer, rows)
 
     def fits(self, pages: Sequence[VisionTokens], words: Words, temperature: float) -> Tensor:
