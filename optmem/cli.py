@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -234,4 +236,15 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
+        _drop_stdout()
         sys.exit(141)
+    except OSError as error:  # a disk that is full, a terminal that is gone
+        _drop_stdout()
+        click.echo(f"optmem: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", err=True)
+        sys.exit(74)
+
+
+def _drop_stdout() -> None:
+    """What stdout did not take, it is not offered again when Python ends, which would say so in its own words."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -35,15 +35,24 @@ class Given:
 def read_input(file: str, kind: Kind | None = None) -> Given:
     """A file, or "-" for stdin.  The kind follows from the suffix; stdin and unknown suffixes are text.
 
-    Raises SourceNotFoundError where it cannot be read, InputError where it is not UTF-8 or not of its kind.
+    Raises SourceNotFoundError where it cannot be read, InputError where it is not UTF-8 or not of its kind, or has no name.
     """
+    check_name(file)
     name = "stdin" if file == "-" else Path(file).name
     kind = kind or KINDS.get(Path(file).suffix.lower(), "text")
     text = _read_text(file)
     return Given(name, _parse_chat(text, file) if kind == "chat" else text, kind)
 
 
+def check_name(name: str) -> None:
+    """Raises InputError for the empty name, as a variable that is not set gives: it would be the present folder."""
+    if not name:
+        raise InputError("the empty name '' is no file: name a file, or . for the present folder")
+
+
 def _read_text(file: str) -> str:
+    if file == "-" and sys.stdin is None:
+        raise SourceNotFoundError("cannot read -: stdin is closed")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:

@@ -33,9 +33,38 @@ def run(capfd, monkeypatch, tmp_path):
 
 def test_the_installed_command_runs():
     done = subprocess.run(
-        [sys.executable, "-c", "from optmem.cli import main; main()", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "from optmem.__main__ import main; main()", "--version"], capture_output=True, text=True, check=True
     )
     assert optmem.__version__ in done.stdout
+
+
+def run_in_shell(command, **settings):
+    """A command line with `optmem` in it, as a shell runs it."""
+    program = f"{sys.executable} -m optmem"
+    return subprocess.run(["bash", "-c", command.replace("optmem", program, 1)], capture_output=True, text=True, **settings)
+
+
+@pytest.mark.parametrize("command", ["env", "render x.txt", "demo", "ocr pages"])
+def test_a_full_disk_is_one_line(tmp_path, command):
+    (tmp_path / "x.txt").write_text("words\n")
+    (tmp_path / "pages").mkdir()
+    Image.fromarray(optmem.paginate("words\n", size=256)[0].image()).save(tmp_path / "pages" / "x.png")
+    done = run_in_shell(f"optmem {command} > /dev/full", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (74, "optmem: No space left on device\n")
+
+
+def test_a_closed_stdin_is_one_sentence(tmp_path):
+    done = run_in_shell("optmem render - <&-", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (66, "optmem: cannot read -: stdin is closed\n")
+
+
+def test_ctrl_c_while_importing_leaves_with_130(tmp_path):
+    """Sent by a module of the present folder that the command line imports in place of another."""
+    (tmp_path / "markdown_it").mkdir()
+    sending = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.raise_signal(signal.SIGINT)\n"
+    (tmp_path / "markdown_it" / "__init__.py").write_text(sending)
+    done = run_in_shell("optmem env", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_env_names_every_operator(run):

@@ -19,7 +19,7 @@ LAYERS = [
     {"model"},
     {"engine"},
     {"train"},
-    {"demo", "demo_report", "reading_commands", "reading_output", "testing", "cli"},
+    {"demo", "demo_report", "reading_commands", "reading_output", "testing", "cli", "__main__"},
 ]
 
 
@@ -67,10 +67,21 @@ def test_errors_know_their_exit_code():
             assert 0 < error.exit_code < 128
 
 
-def test_importing_does_no_work():
-    program = "import sys, optmem; print(sorted({'triton', 'transformers', 'pypdfium2', 'matplotlib'} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [("optmem", "torch, numpy, PIL, click"), ("optmem, optmem.cli", "triton, transformers, pypdfium2, matplotlib")],
+    ids=["package", "commands"],
+)
+def test_importing_does_no_work(modules, absent):
+    program = f"import sys, {modules}; print(sorted(set('{absent}'.split(', ')) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_no_public_name_is_said_to_be_none():
+    with pytest.raises(AttributeError, match="module 'optmem' has no attribute 'nonsense'"):
+        _ = optmem.nonsense
+    assert set(optmem.__all__) <= set(dir(optmem))
 
 
 @pytest.mark.parametrize(
