@@ -15,11 +15,11 @@ from PIL import Image
 
 from optmem import __version__, env, reading_commands
 from optmem.config import Alphabet, Cell, Kind, PageConfig, Style
-from optmem.demo import LEGEND, ReadBack, read_all, run_demo
+from optmem.demo import LEGEND, ReadBack, read_all, run_demo, sample
 from optmem.demo_report import write_report
 from optmem.engine import Engine
 from optmem.errors import OptmemError, OutputError, SourceNotFoundError
-from optmem.inputs import read_input
+from optmem.inputs import read_input, read_inputs
 from optmem.items import watched
 from optmem.pages import Page, draw_pages, lay_out, read_source
 from optmem.pixels import MODES, PIXELS_PER_TOKEN, Mode
@@ -66,7 +66,7 @@ def describe_page(page: Page, file: Path) -> dict[str, Any]:
 
 
 def page_file(folder: Path, name: str, style: str, number: int) -> Path:
-    """Where a page is written.  The whole name of its source is in it, so that two sources never meet."""
+    """Where a page is written.  The whole name of its source is in it, so that x.md and x.py never meet."""
     return folder / f"{name}-{style}-{number:04}.png"
 
 
@@ -175,7 +175,7 @@ def fed_tokens(side: int, num_pages: int) -> int | None:
 @as_json
 def demo(files: tuple[str, ...], output: Path, checkpoint: str, as_json: bool) -> None:
     """Draw a sample chat and FILES as pages, say what they cost in text tokens and in vision tokens, and read them back."""
-    given = [read_input(file) for file in files]
+    given = read_inputs(files, taken=[sample().name])
     results = run_demo(given)
     for result in results:
         save_pages(result.pages, output, result.name)

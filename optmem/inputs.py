@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,19 @@ def read_input(file: str, kind: Kind | None = None) -> Given:
     kind = kind or KINDS.get(Path(file).suffix.lower(), "text")
     text = _read_text(file)
     return Given(name, _parse_chat(text, file) if kind == "chat" else text, kind)
+
+
+def read_inputs(files: Iterable[str], taken: Iterable[str] = ()) -> list[Given]:
+    """Files with names apart, for what is written under a name: of two x.md the second is x.md-2.  Raises as read_input does.
+
+    taken   names that others have
+    """
+    given, names = list[Given](), set(taken)
+    for each in map(read_input, files):
+        name = next(name for name in chain([each.name], (f"{each.name}-{number}" for number in count(2))) if name not in names)
+        given.append(replace(each, name=name))
+        names.add(name)
+    return given
 
 
 def check_name(name: str) -> None:

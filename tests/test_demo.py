@@ -159,6 +159,18 @@ def test_the_command_reads_back_and_writes_a_report(folder, tmp_path, monkeypatc
     assert chat["read_back"]["ratio"] == pytest.approx(chat["text_tokens_estimated"] / 146, abs=0.1)
 
 
+def test_sources_of_one_name_keep_their_pages_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("optmem.engine.checkpoint.files", lambda _: tmp_path)
+    for name in ("a/x.md", "b/x.md", "x.md-2", "chat"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"words of {name}\n")
+    main(["demo", "a/x.md", "b/x.md", "x.md-2", "chat", "--json"])
+    names = ["chat", "x.md", "x.md-2", "x.md-2-2", "chat-2"]
+    assert [drawn["source"] for drawn in json.loads(capsys.readouterr().out)] == names
+    assert all((tmp_path / "demo" / f"{name}-dense-0001.png").is_file() for name in names)
+
+
 def test_a_checkpoint_that_is_not_there_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as leaving:

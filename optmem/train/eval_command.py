@@ -17,7 +17,7 @@ from optmem.config import check_choice
 from optmem.engine.checkpoint import find_checkpoint, load_model
 from optmem.errors import OutputError
 from optmem.files import check_writable
-from optmem.inputs import Given, read_input
+from optmem.inputs import Given, read_inputs
 from optmem.items import watched
 from optmem.train.evaluate import EVERY_FORM, Plan, evaluate
 from optmem.train.evaluate_pages import parse_form, unspoken
@@ -78,7 +78,7 @@ def eval_command(
     By tier, density and kind of text: score, exact lines, digits and identifiers with 95 % intervals, compression, the glance, and
     how often confidence misleads; then controls with nothing to read.
     """
-    given = tuple(read_input(file) for file in texts)
+    given = tuple(read_inputs(texts))
     plan = Plan(tuple(map(parse_form, forms.split(","))), _kinds(kinds, given), given, pages, rows, seed)
     loaded = load_model(find_checkpoint(model), torch.device("cpu"))
     Nano.of(loaded)  # before minutes of collecting text
