@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from optmem import ops
 from optmem.machine import cpu_multiplies_bf16
 from optmem.native import NativeModule, native
+from optmem.ops import registry
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "markdown-it-py", "pypdfium2", "flash-attn")
 
@@ -43,11 +47,24 @@ def _module(native_module: NativeModule) -> dict[str, Any]:
     return row
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that Triton is missing: the rows of the operators say so, and without a GPU it is no matter."""
+    log = logging.getLogger(registry.__name__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def report(*, all_devices: bool = False) -> dict[str, Any]:
     """Versions, devices, native modules and the implementation behind every operator, as plain data.
 
     Operators are listed for the devices of this machine, or for all devices that have an implementation.
     """
+    with _quiet():
+        rows = ops.implementations()
     return {
         "optmem": _version("optmem"),
         "python": platform.python_version(),
@@ -57,7 +74,7 @@ def report(*, all_devices: bool = False) -> dict[str, Any]:
         "native": [_module(native("_cpu")), _module(native("_cuda"))],
         "operators": [
             {"operator": row.operator, "device": row.device, "implementation": row.name, "reason": row.reason}
-            for row in ops.implementations()
+            for row in rows
             if row.device != "cuda" or torch.cuda.is_available() or all_devices
         ],
     }

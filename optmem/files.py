@@ -24,6 +24,14 @@ def checkpoint_folder(folder: str | os.PathLike[str]) -> Path:
     return path.resolve()
 
 
+def is_there(name: str) -> bool:
+    """Whether a name is that of a file or folder; the empty one, which would be the present folder, is not."""
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):  # too long for any file, or with a zero byte
+        return False
+
+
 @contextmanager
 def open_inside(folder: Path, name: str) -> Iterator[int]:
     """A file descriptor of the regular file ``name`` in ``folder``.
@@ -44,7 +52,7 @@ def open_inside(folder: Path, name: str) -> Iterator[int]:
     except FileNotFoundError:
         if path.is_symlink():
             raise CheckpointError(f"{name!r} is a link to a file that is not there") from None
-        raise SourceNotFoundError(f"{name!r} is not in the folder") from None
+        raise SourceNotFoundError(f"{name!r} is not in the folder {folder.name!r}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         reason = error.strerror if isinstance(error, OSError) else "its links form a loop"
         raise CheckpointError(f"{name!r} cannot be opened: {reason}") from None
@@ -73,8 +81,8 @@ def read_json(folder: Path, name: str, *, limit: int) -> dict[str, object]:
 def parse_json(content: bytes, where: str) -> dict[str, object]:
     """A JSON object, strictly: UTF-8, no name twice in an object, no NaN or Infinity.  ``where`` names it in messages."""
     try:
-        # "utf-8", not json's own guess: that would also take UTF-16, and lone surrogates
-        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        # UTF-8 with a byte-order mark or without, not json's own guess: that would also take UTF-16, and lone surrogates
+        parsed = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else _first_sentence(error)
         raise CheckpointError(f"{where} cannot be read as JSON: {reason}") from None

@@ -207,6 +207,8 @@ def _too_large(name: str) -> ImageError:
 
 
 def _decode(data: bytes, name: str, max_pixels: int) -> Pixels:
+    if not data:
+        raise ImageError(f"{name} is empty: it has 0 bytes")
     if data.startswith(PDF):
         raise ImageError(f"{name} is a PDF: load_images gives its pages")
     reader = _reader(data[:16])
@@ -255,7 +257,7 @@ def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS)
     if max(height, width) > MAX_SIDE:
         raise ImageError(f"{name} is {width}x{height} pixels; a side may have at most {MAX_SIDE:,}")
     if height * width > max_pixels:
-        raise ImageError(f"{name} is {width}x{height} pixels; at most {max_pixels:,} are read (max_pixels)")
+        raise ImageError(f"{name} is {width}x{height} pixels; at most {max_pixels:,} are read: make it smaller")
 
 
 def _from_picture(picture: Picture, name: str, max_pixels: int) -> Pixels:

@@ -83,7 +83,7 @@ def _read_text(file: str) -> str:
 def _parse_chat(text: str, file: str) -> Any:
     """A list of messages, or what an object has under "messages"."""
     try:
-        found = json.loads(text)
+        found = json.loads(text.removeprefix("\ufeff"))  # a byte-order mark
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON that can be read ({error}); name another --kind to draw it as text") from None
     messages = found["messages"] if isinstance(found, dict) and "messages" in found else found

@@ -12,9 +12,11 @@ import click
 
 from optmem.engine import Completion, Engine, VisionTokens
 from optmem.engine.options import Asked
-from optmem.errors import InputError, OptmemError
-from optmem.files import check_writable
+from optmem.errors import InputError, OptmemError, SourceNotFoundError
+from optmem.files import check_writable, is_there
+from optmem.images import SUFFIXES as PICTURES
 from optmem.images import LoadedImage, load_images
+from optmem.inputs import check_name
 from optmem.items import in_parts, watched
 from optmem.pixels import find_mode
 from optmem.reading_output import Texts, warn
@@ -68,10 +70,11 @@ def encode(
 ) -> None:
     """Write the vision tokens of pictures, PDFs and folders of them, a file for each page.  One that cannot be read is named at the
     end; the others are written."""
+    check_writable(output)
+    _check_there(sources)
     engine = Engine.from_pretrained(model, device=device)
     written: list[dict[str, Any]] = []
     failed: list[tuple[str, Exception]] = []
-    check_writable(output)
     images = load_images(sources, dpi=dpi, on_error="yield")
     for number, (name, tokens) in enumerate(watched(_encoded(engine, images, mode), "encoding"), 1):
         if isinstance(tokens, OptmemError):
@@ -103,17 +106,19 @@ def _encoded(engine: Engine, images: Iterator[LoadedImage], mode: str | None) ->
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True)
 @_asked
 @_model
 def decode(
-    files: Sequence[Path], rows: str | None, prompt: str | None, max_tokens: int | None, as_json: bool, model: str, device: str
+    files: Sequence[str], rows: str | None, prompt: str | None, max_tokens: int | None, as_json: bool, model: str, device: str
 ) -> None:
     """Read files of vision tokens, as `optmem encode` writes them.
 
     Consecutive pages of a text that `optmem render` drew are joined: the text comes back as it was.  A page that nano hardly reads
     is named on stderr.
     """
+    wanted = _wanted(rows, prompt, max_tokens)
+    _check_tokens(files)
     engine = Engine.from_pretrained(model, device=device)
     sides: list[int] = []
 
@@ -123,11 +128,10 @@ def decode(
             sides.append(tokens.mode.size)
             yield tokens
 
-    output = _Output(engine, model, rows, as_json)
+    output = _Output(engine, model, wanted, as_json)
     with output:
-        every = engine.decode(loaded(), **_wanted(rows, prompt, max_tokens))
-        for file, side, done in zip(files, sides, every, strict=True):
-            output.add(str(file), file.name, side, done)
+        for file, side, done in zip(files, sides, engine.decode(loaded(), **wanted), strict=True):
+            output.add(file, Path(file).name, side, done)
 
 
 @click.command()
@@ -151,6 +155,8 @@ def ocr(
     Consecutive pages of a text that `optmem render` drew are joined: the text comes back as it was.  A page that nano hardly reads
     is named on stderr.
     """
+    wanted = _wanted(rows, prompt, max_tokens)
+    _check_there(sources)
     engine = Engine.from_pretrained(model, device=device)
     names: list[str] = []
 
@@ -160,9 +166,9 @@ def ocr(
             yield image
 
     failed: list[tuple[str, Exception]] = []
-    output = _Output(engine, model, rows, as_json)
+    output = _Output(engine, model, wanted, as_json)
     with output:
-        for number, done in enumerate(engine.ocr(named(), mode, **_wanted(rows, prompt, max_tokens))):
+        for number, done in enumerate(engine.ocr(named(), mode, **wanted)):
             name = names[number]
             output.add(name, name, find_mode(done.attempts[-1].mode).size if done.attempts else 0, done)
             if done.error is not None:
@@ -178,6 +184,25 @@ def _raise_last(failed: Sequence[tuple[str, Exception]]) -> None:
     if failed:
         last = failed[-1][1]
         raise SystemExit(last.exit_code if isinstance(last, OptmemError) else InputError.exit_code)
+
+
+def _check_there(sources: Sequence[str]) -> None:
+    """Before a model is loaded: leaves where none of the sources is there, and raises InputError for one without a name."""
+    for source in sources:
+        check_name(source)
+    if not any(map(is_there, sources)):
+        found = load_images(sources, on_error="yield")
+        _raise_last([(image.name, image.error) for image in found if image.error is not None])
+
+
+def _check_tokens(files: Sequence[str]) -> None:
+    """Before a model is loaded.  Raises SourceNotFoundError where a file is not there, InputError for one that is a picture."""
+    for file in files:
+        check_name(file)
+        if not is_there(file):
+            raise SourceNotFoundError(f"there is no file {file}")
+        if Path(file).suffix.lower() in PICTURES:
+            raise InputError(f"{file} is a picture or PDF: `optmem ocr` reads it, `optmem encode` makes vision tokens of it")
 
 
 def _wanted(rows: str | None, prompt: str | None, max_tokens: int | None) -> Asked:
@@ -199,10 +224,11 @@ def read_rows(rows: str) -> range:
 class _Output:
     """What is printed of the pages that were read: texts as they come, or all of them as JSON at the end; doubts on stderr."""
 
-    def __init__(self, engine: Engine, model: str, rows: str | None, as_json: bool) -> None:
+    def __init__(self, engine: Engine, model: str, wanted: Asked, as_json: bool) -> None:
+        self.most = wanted.get("max_tokens")
         self.is_nano = engine.model.config.family == "nano"
         self.is_shipped = model == "nano"
-        self.texts = Texts(joins=self.is_nano and rows is None)
+        self.texts = Texts(joins=self.is_nano and wanted.get("rows") is None)
         self.listed: list[dict[str, Any]] | None = [] if as_json else None
 
     def add(self, source: str, name: str, side: int, done: Completion) -> None:
@@ -211,7 +237,9 @@ class _Output:
             self.listed.append(_described(source, done))
         else:
             self.texts.add(name, done)
-        if self.is_nano and done.error is None:
+        if done.finish_reason == "length" and self.most is not None:
+            click.echo(f"optmem: {name}: cut by --max-tokens {self.most}", err=True)
+        elif self.is_nano and done.error is None:
             warn(name, done, side if self.is_shipped else None)
 
     def __enter__(self) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import optmem
 from optmem.cli import cli, main
+from optmem.files import parse_json
 
 
 @pytest.fixture
@@ -295,6 +296,7 @@ def test_only_consecutive_pages_of_one_text_are_joined(run, tmp_path):
         ("encode", "none.png"),
         ("decode", "x", "--rows", "a"),
         ("decode", "x", "--rows", "15:12"),
+        ("ocr", "x", "--rows", "a"),
         ("ocr", "x", "--model", "none"),
     ],
 )
@@ -304,3 +306,66 @@ def test_what_cannot_be_read_is_one_sentence(run, arguments):
     assert out == ""
     assert err.startswith("optmem: ")
     assert "Traceback" not in err
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whatever loads a model fails."""
+    monkeypatch.setattr(optmem.Engine, "from_pretrained", None)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("ocr", "none.png"), 66, "none.png cannot be opened: No such file or directory"),
+        (("ocr", "x.png", "--rows", "a"), 65, "rows are FIRST:END"),
+        (("encode", "none.png"), 66, "none.png cannot be opened"),
+        (("decode", "none.safetensors"), 66, "there is no file none.safetensors"),
+        (("decode", "x.png"), 65, "x.png is a picture or PDF: `optmem ocr` reads it"),
+        (("decode", "x.png", "--rows", "2:1"), 65, "rows are FIRST:END with END behind FIRST"),
+        (("ocr", ""), 65, "the empty name '' is no file"),
+        (("encode", "x.png", ""), 65, "the empty name '' is no file"),
+        (("decode", ""), 65, "the empty name '' is no file"),
+        (("render", ""), 65, "the empty name '' is no file"),
+        (("eval", "--corpus", "/proc/x"), 73, "cannot write to /proc/x"),
+        (("synth", "-o", "/proc/x"), 73, "cannot write to /proc/x"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_work(run, tmp_path, monkeypatch, arguments, code, words):
+    monkeypatch.setattr("optmem.train.synth_command.open_corpus", None)
+    Image.new("L", (256, 256), 255).save(tmp_path / "x.png")
+    got, out, err = run(*arguments)
+    assert (got, out) == (code, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_messages_are_for_the_command_line(run, tmp_path):
+    Image.new("L", (300, 200)).save(tmp_path / "odd.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "r.toml").write_bytes(b"\x7fELF\xff\x00")
+    assert "or --mode small" in run("ocr", "odd.png")[2]
+    assert "empty.png is empty: it has 0 bytes" in run("ocr", "empty.png")[2]
+    assert "'config.json' is not in the folder 'model'" in run("ocr", "odd.png", "--model", "model")[2]
+    assert "r.toml is not UTF-8 text, and so no recipe" in run("train", "r.toml", "run")[2]
+
+
+def test_a_page_that_was_cut_is_named(run, tmp_path):
+    Image.fromarray(optmem.paginate("words of a page\n", size=256)[0].image()).save(tmp_path / "x.png")
+    assert run("ocr", "x.png", "--max-tokens", "3") == (0, "wor\n", "optmem: x.png: cut by --max-tokens 3\n")
+    assert run("ocr", "x.png", "--max-tokens", "300") == (0, "words of a page\n", "")
+
+
+def test_a_byte_order_mark_does_not_spoil_json(run, tmp_path):
+    (tmp_path / "chat.json").write_text('\ufeff[{"role": "user", "content": "hi"}]', encoding="utf-8")
+    assert run("render", "chat.json")[0] == 0
+    assert parse_json("\ufeff{}".encode(), "config.json") == {}
+
+
+def test_env_does_not_warn_that_triton_is_missing():
+    program = "import sys; sys.modules['triton'] = None; from optmem.cli import main; main(['env', '--all'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "triton is not installed" in done.stdout
+    assert done.stderr == ""

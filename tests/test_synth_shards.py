@@ -97,5 +97,7 @@ def test_the_command_draws(corpus, tmp_path):
     result = CliRunner().invoke(cli, [*asked, "--corpus", str(folder), "--json"], catch_exceptions=False)
     assert json.loads(result.stdout)["pages"] == 3
     assert {page.label["kind"] for page in read_shard(tmp_path / "out" / "pages-000000.tar")} <= {"code", "json"}
+    one = ["synth", "-o", str(tmp_path / "one"), "--pages", "1", "--size", "256", "--corpus", str(folder)]
+    assert CliRunner().invoke(cli, one, catch_exceptions=False).stdout == f"1 page in {tmp_path / 'one'}\n"
     with pytest.raises(InputError, match="kind must be one of"):
         CliRunner().invoke(cli, [*asked[:-4], "--kinds", "poems", "--corpus", str(folder)], catch_exceptions=False)

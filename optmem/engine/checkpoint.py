@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optmem.errors import BackendError, CheckpointError, InputError, SourceNotFoundError
-from optmem.files import checkpoint_folder, read_json
+from optmem.files import checkpoint_folder, is_there, read_json
 from optmem.machine import fast_dtype
 from optmem.model.config_json import CONFIG
 from optmem.model.encoder import Encoder
@@ -60,19 +60,11 @@ def find_checkpoint(name: str | os.PathLike[str]) -> Path:
         return shipped
     if not isinstance(name, str | os.PathLike):
         raise InputError(f"a checkpoint is a folder, or one that is shipped ({', '.join(SHIPPED)}), got {name!r}")
-    if isinstance(name, str) and not _is_there(name):
+    if isinstance(name, str) and not is_there(name):
         raise SourceNotFoundError(
             f"there is no checkpoint {name[:200]!r}: give a folder, or one that is shipped: {', '.join(SHIPPED)}"
         )
     return checkpoint_folder(name)
-
-
-def _is_there(name: str) -> bool:
-    """Whether a name is that of a file or folder; the empty one, which would be the present folder, is not."""
-    try:
-        return bool(name) and Path(name).exists()
-    except (OSError, ValueError):  # too long for any file, or with a zero byte
-        return False
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> Model:

@@ -41,7 +41,9 @@ def _own(config: ModelConfig, height: int, width: int) -> Mode:
         return known["ocr2"]
     multiples = f"a square of a multiple of 64 pixels up to {max(sides)}"  # beyond, attention over one picture takes hours
     allowed = multiples if config.family == "nano" else f"a square of {sorted(sides)} pixels"
-    raise InputError(f"a picture of {width}x{height} pixels is not {allowed}: say in which mode to show it, such as mode='small'")
+    raise InputError(
+        f"a picture of {width}x{height} pixels is not {allowed}: say in which mode to show it: mode='small', or --mode small"
+    )
 
 
 def _single_views() -> dict[str, Mode]:

@@ -105,7 +105,9 @@ def read_recipe(path: Path) -> Recipe:
         raise SourceNotFoundError(f"there is no recipe {path.name!r}") from None
     except OSError as error:
         raise InputError(f"{path.name} cannot be read as a recipe: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise InputError(f"{path.name} is not UTF-8 text, and so no recipe: a recipe is TOML, such as recipes/nano.toml") from None
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path.name} is not TOML: {str(error).splitlines()[0]}") from None
     return parse_recipe(content)
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from optmem.config import Cell
 from optmem.errors import InputError
+from optmem.files import check_writable
 from optmem.train.corpus import Corpus, Split, open_corpus
 from optmem.train.degrade import EVERYTHING
 from optmem.train.kinds import Mix, PageKind
@@ -58,18 +59,20 @@ def synth(
 ) -> None:
     """Draw labelled pages: PNG, text and line boxes in tar archives of 1,024 pages.  Run again to go on."""
     config = SynthConfig((Form(size, cell, view),), read_kinds(kinds), EVERYTHING if degrade else ())
+    check_writable(output)
     text = collected(corpus, split)
     with tqdm(total=pages, desc="drawing", unit="page", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         for done in write_shards(output, config, text, seed, pages):
             bar.update(done - bar.n)
     result = {"folder": str(output), "pages": pages, "seed": seed, "corpus": text.fingerprint}
-    click.echo(json.dumps(result, indent=2) if as_json else f"{pages} pages in {output}")
+    click.echo(json.dumps(result, indent=2) if as_json else f"{pages} page{'s' * (pages != 1)} in {output}")
 
 
 def collected(folder: Path, side: Split = "train") -> Corpus:
     """One side of the corpus in a folder; where it has to be made first, that is said, for it takes minutes."""
     folder = folder.expanduser()
     if not (folder / "corpus.json").is_file():
+        check_writable(folder)
         click.echo(f"collecting text in {folder}: a minute or two, once", err=True)
     return open_corpus(folder, side)
 
