@@ -85,7 +85,7 @@ def take_image(source: object, *, name: str | None = None, max_pixels: int = MAX
     Raises as as_image does, in either step.
     """
     _check_max_pixels(max_pixels)
-    name = printable(name or _name_of(source) or "image")
+    name = printable(name) if name else name_of(source, "image")
     data = _content(source, name)
     if data is not None:
         return partial(_decode, data, name, max_pixels)
@@ -141,9 +141,10 @@ def printable(name: str) -> str:
 # --- one picture --------------------------------------------------------------------------------------------------------------
 
 
-def _name_of(source: object) -> str | None:
+def name_of(source: object, default: str) -> str:
+    """What a picture is called in messages."""
     given = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None) or getattr(source, "filename", None)
-    return os.fsdecode(given) if isinstance(given, (str, bytes, os.PathLike)) else None
+    return printable((os.fsdecode(given) if isinstance(given, (str, bytes, os.PathLike)) else "") or default)
 
 
 def _has(source: object, method: str) -> bool:
@@ -357,7 +358,7 @@ def _is_source(source: object) -> bool:
 
 def _source_items(source: object, number: int, dpi: float, max_pixels: int) -> Iterator[LoadedImage]:
     """The pictures of one source.  What is wrong with it is an item as well: those after it have their turn."""
-    name = printable(_name_of(source) or f"image {number}")
+    name = name_of(source, f"image {number}")
     if not isinstance(source, (str, os.PathLike)):
         yield from _opened_items(source, name, dpi, max_pixels)
         return

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import optmem
-from optmem import Engine, VisionTokens
+from optmem import Engine, VisionTokens, document_text
 from optmem.engine.checkpoint import FIDELITY, Temperatures, find_checkpoint, fingerprint, read_temperatures
 from optmem.engine.modes import choose_mode
 from optmem.engine.reading import complete, saw
@@ -323,7 +323,7 @@ def test_pictures_are_not_held_while_others_are_read(engine, monkeypatch):
     """Of 64 scans only what the encoder sees is kept."""
     alive, most = [], []
 
-    def seen(picture):
+    def seen(picture, name):  # noqa: ARG001 - as as_image has it
         pixels = np.full((512, 512), picture, dtype=np.uint8)
         alive.append(weakref.ref(pixels))
         most.append(sum(ref() is not None for ref in alive))
@@ -498,6 +498,58 @@ def test_what_is_no_page_is_refused(engine):
             engine.glance(nothing)
     with pytest.raises(InputError, match="read together are for the public models"):
         engine.decode([engine.encode(grey(2))])
+
+
+def test_what_holds_no_pages_is_refused(engine):
+    for nothing in ("", b"", {}):
+        with pytest.raises(InputError, match=f"VisionTokens or an iterable of them, got {type(nothing).__name__}"):
+            engine.decode(nothing)
+    for ask in (engine.encode, engine.ocr):
+        with pytest.raises(InputError, match="one picture or an iterable of them, got dict"):
+            ask({})
+    assert engine.encode([]) == engine.decode([]) == []
+
+
+def test_an_argument_that_there_is_not_is_named(engine):
+    for ask in (engine.decode, engine.stream, engine.ocr):
+        with pytest.raises(InputError, match="nothing called 'bogus' to ask for: there is prompt, rows, draft"):
+            ask([], bogus=1)
+
+
+def test_the_item_of_a_list_that_is_wrong_is_named(engine, tmp_path):
+    good = grey(1)[0]
+    (tmp_path / "bad.png").write_bytes(b"x")
+    for bad, name in ((good.astype(float), "image 2"), (good[:100], "image 2"), (tmp_path / "bad.png", r"bad\.png")):
+        with pytest.raises(InputError, match=f"^{name}[: ]"):
+            engine.encode([good, bad])
+    with pytest.raises(InputError, match=r"^image: a picture of"):
+        engine.encode(good[:100])
+
+
+def test_a_closed_engine_does_nothing_more(engine):
+    with Engine(engine.model) as short:
+        assert isinstance(short, Engine)
+        seen = short.encode(grey(1))
+    for ask in (lambda: short.encode(grey(1)), lambda: short.decode(seen), lambda: short.glance(seen), lambda: short.ocr(grey(1))):
+        with pytest.raises(BackendError, match="this engine is closed: make a new one"):
+            ask()
+
+
+def test_names_of_files_are_names(engine):
+    (seen,) = engine.encode(grey(1))
+    for wrong in (None, 3, b"name"):
+        with pytest.raises(InputError, match=f"is a str or a Path, got {type(wrong).__name__}"):
+            seen.save(wrong)
+        with pytest.raises(InputError, match=f"is a str or a Path, got {type(wrong).__name__}"):
+            VisionTokens.load(wrong)
+
+
+def test_a_document_is_a_list_of_pages(engine):
+    (done,) = engine.decode(engine.encode(grey(1)), rows=[0])
+    with pytest.raises(InputError, match="in order, as decode gives them, got one Completion"):
+        document_text(done)
+    with pytest.raises(InputError, match="as decode or glance gives them, got int"):
+        document_text([1])
 
 
 def test_public_families_are_encoded_without_a_tokenizer_and_have_no_glance():

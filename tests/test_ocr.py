@@ -421,7 +421,7 @@ def test_what_cannot_be_asked_is_refused(v1, asked):
     for read in (v1.decode, lambda page, **asked: list(v1.stream(page, **asked))):
         with pytest.raises(InputError):
             read(page, **asked)
-    with pytest.raises(TypeError, match="penalty"):
+    with pytest.raises(InputError, match="penalty"):
         v1.decode(page, penalty=1.0)
     assert v1.decode(page, max_tokens=2)
 

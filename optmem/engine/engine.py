@@ -7,11 +7,11 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Unpack
+from typing import Self, Unpack
 
 import torch
 
@@ -28,9 +28,9 @@ from optmem.engine.checkpoint import (
 from optmem.engine.draft import Draft, Lookup
 from optmem.engine.encoding import EncodeQueue
 from optmem.engine.kv import make_cache
-from optmem.engine.loop import Loop
+from optmem.engine.loop import CLOSED, Loop
 from optmem.engine.modes import choose_mode
-from optmem.engine.options import Asked, Options, options
+from optmem.engine.options import Asked, Options, check_names, options
 from optmem.engine.pipeline import Pipeline, Shown
 from optmem.engine.requests import Answer
 from optmem.engine.result import Completion, Glanced
@@ -41,8 +41,8 @@ from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.search import LEAST, Found, Words, found_in
 from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
-from optmem.errors import CheckpointError, InputError
-from optmem.images import Pixels, is_whole, take_image
+from optmem.errors import BackendError, CheckpointError, InputError
+from optmem.images import Pixels, is_whole, name_of, take_image
 from optmem.items import in_parts, watched
 from optmem.model.model import Model
 from optmem.model.quantize import quantize
@@ -53,7 +53,7 @@ PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is 
 
 
 class Engine:
-    """A model, ready to be used, from any thread.  It keeps nothing of what it read."""
+    """A model, ready to be used, from any thread.  It keeps nothing of what it read.  `with` closes it at the end."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Engine:
         self.temperatures = temperatures
         self.cache_bytes, self.limits = cache_bytes, limits
         self._encoding = EncodeQueue(model.encode)
+        self._is_closed = False
         self._loop: Loop | None = None
         self._lock = threading.Lock()
 
@@ -123,9 +124,12 @@ class Engine:
 
         Raises ImageError for what cannot be read, InputError for a mode that the model does not have.
         """
+        self._check_open()
+        is_one = _is_one(images)
+        named = ((picture, "image" if is_one else f"image {number}") for number, picture in enumerate(_pictures(images), 1))
         encoded: list[VisionTokens] = []
         with closing(Ahead()) as ahead:
-            shown = (ahead.start(self._take(picture, mode)) for picture in _pictures(images))
+            shown = (ahead.start(self._take(picture, mode, name)) for picture, name in named)
             for some in in_parts(shown, PAGES_AT_ONCE):
                 encoded += self._encode([wait() for wait in some])
         return encoded
@@ -135,18 +139,25 @@ class Engine:
         found = zip(features, shown, strict=True)
         return [VisionTokens(tokens, each.mode, each.views.grid, encoder, each.picture) for tokens, each in found]
 
-    def _take(self, picture: object, mode: Mode | str | None) -> Callable[[], Shown]:
+    def _take(self, picture: object, mode: Mode | str | None, name: str = "image") -> Callable[[], Shown]:
         """A picture's views, as soon as the result is called: bytes are decoded then, in any thread.  What comes as pixels is cut
-        into views at once, so that of many pictures, perhaps a hundred times as large, none is held."""
-        taken = take_image(picture)
+        into views at once, so that of many pictures, perhaps a hundred times as large, none is held.
+
+        name   for messages, where the picture has none of its own
+        """
+        name = name_of(picture, name)
+        taken = take_image(picture, name=name)
         if callable(taken):
-            return lambda: self._show(taken(), mode)
-        shown = self._show(taken, mode)
+            return lambda: self._show(taken(), mode, name)
+        shown = self._show(taken, mode, name)
         return lambda: shown
 
-    def _show(self, pixels: Pixels, mode: Mode | str | None) -> Shown:
+    def _show(self, pixels: Pixels, mode: Mode | str | None, name: str) -> Shown:
         height, width = pixels.shape[:2]
-        chosen = choose_mode(self.model.config, mode, height, width)
+        try:
+            chosen = choose_mode(self.model.config, mode, height, width)
+        except InputError as error:
+            raise InputError(f"{name}: {error}" if mode is None else str(error)) from None
         return Shown(chosen, make_views(pixels, chosen), (width, height))
 
     # --- vision tokens to text ----------------------------------------------------------------------------------------------
@@ -275,6 +286,8 @@ class Engine:
         return RowsReader(self.model) if self.model.config.family == "nano" else Prompter(self.model)
 
     def _options(self, asked: Asked, *, one: str = "") -> Options:
+        self._check_open()
+        check_names(asked)
         wanted = options(**asked)
         self._reader.check(wanted)
         if wanted.draft == "text" and one != "ocr":
@@ -304,6 +317,7 @@ class Engine:
     def _started(self) -> Loop:
         """The loop, in its own thread; it ends when the engine is no longer referred to."""
         with self._lock:
+            self._check_open()
             if self._loop is None or not self._loop.is_usable:
                 decoder = self.model.decoder
                 cache = make_cache(decoder, self.cache_bytes)
@@ -315,15 +329,28 @@ class Engine:
             return self._loop
 
     def close(self) -> None:
-        """Ends the loop; what is being read is given up."""
-        loop = self._loop
+        """Ends the engine: what is being read is given up, and nothing more is encoded or read."""
+        with self._lock:
+            self._is_closed = True
+            loop = self._loop
         if loop is not None:
             loop.stop()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise BackendError(CLOSED)
+
     def _groups(self, tokens: VisionTokens | Iterable[VisionTokens | Sequence[VisionTokens]]) -> Iterator[list[VisionTokens]]:
         """Pages that are read together, checked, on the engine's device and in its type."""
+        self._check_open()
         groups: Iterable[object] = (tokens,) if isinstance(tokens, VisionTokens) else tokens
-        if not isinstance(groups, Iterable):
+        if not isinstance(groups, Iterable) or isinstance(groups, str | bytes | Mapping):
             raise InputError(f"decode and glance take VisionTokens or an iterable of them, got {type(tokens).__name__}")
         for group in groups:
             pages = group if isinstance(group, list | tuple) else (group,)
@@ -373,9 +400,15 @@ def _left(parts: queue.SimpleQueue[str | None]) -> Iterator[str]:
 
 
 def _pictures(images: object) -> Iterator[object]:
-    """One picture after another.  What can itself be read as a picture is one, though it may be iterable."""
-    is_one = isinstance(images, str | bytes | bytearray | os.PathLike) or hasattr(images, "shape") or hasattr(images, "read")
-    if is_one or not isinstance(images, Iterable):
-        yield images
-    else:
-        yield from images
+    """One picture after another."""
+    if isinstance(images, Iterable) and not _is_one(images):
+        return iter(images)
+    return iter((images,))
+
+
+def _is_one(images: object) -> bool:
+    """Whether this is one picture: what can itself be read as one is, though it may be iterable.  Raises InputError for a dict."""
+    if isinstance(images, Mapping):
+        raise InputError(f"pictures are one picture or an iterable of them, got {type(images).__name__}")
+    is_read = isinstance(images, str | bytes | bytearray | os.PathLike) or hasattr(images, "shape") or hasattr(images, "read")
+    return is_read or not isinstance(images, Iterable)

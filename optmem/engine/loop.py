@@ -24,6 +24,7 @@ from optmem.engine.speech import Speech
 from optmem.errors import BackendError, shown
 
 log = logging.getLogger(__name__)
+CLOSED = "this engine is closed: make a new one"
 
 
 class Loop:
@@ -42,7 +43,7 @@ class Loop:
         self._numbers = 0
         self._thread: threading.Thread | None = None
         self._is_stopping = False
-        self._why = "this engine is closed: make a new one"
+        self._why = CLOSED
 
     # --- from any thread ------------------------------------------------------------------------------------------------------
 

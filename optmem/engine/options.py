@@ -40,6 +40,14 @@ class Asked(TypedDict, total=False):
     timeout: float | None
 
 
+def check_names(asked: Iterable[str]) -> None:
+    """Raises InputError for an argument that there is not."""
+    known = Asked.__annotations__
+    unknown = next((name for name in asked if name not in known), None)
+    if unknown is not None:
+        raise InputError(f"there is nothing called {unknown!r} to ask for: there is {', '.join(known)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How pages are read.  What a family does not have is refused by its reader (rows.py, texts.py)."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from optmem.errors import InputError
 from optmem.model.nano import Row
 from optmem.pages import read_symbols
 from optmem.text.parse import Box
@@ -95,5 +96,16 @@ def document_text(pages: Iterable[Completion | Glanced]) -> str:
     """The text of consecutive pages of one document.
 
     Not always the texts of the pages joined: an escape (U+6F22) or a label may begin on one page and end on the next.
+    Raises InputError for what is no list of pages, one page alone included.
     """
-    return read_symbols("".join(page.symbols for page in pages))
+    if not isinstance(pages, Iterable):
+        raise InputError(
+            f"document_text takes the pages of a document in order, as decode gives them, got one {type(pages).__name__}"
+        )
+    return read_symbols("".join(_symbols(page) for page in pages))
+
+
+def _symbols(page: object) -> str:
+    if not isinstance(page, Completion | Glanced):
+        raise InputError(f"document_text takes pages as decode or glance gives them, got {type(page).__name__}")
+    return page.symbols

@@ -97,10 +97,10 @@ class VisionTokens:
 
         int8   a byte a number and a scale a row: half of bf16's size
 
-        Raises OutputError where it cannot be written, InputError for values that could not be read back.
+        Raises OutputError where it cannot be written, InputError for no name, and for values that could not be read back.
         """
         self._check_finite()
-        target = Path(path)
+        target = _as_path(path)
         if not target.name or "\0" in target.name:
             raise OutputError(f"{str(path)!r} is no name of a file to write vision tokens to")
         metadata = {"format": FORMAT, "mode": json.dumps(asdict(self.mode)), "grid": json.dumps(self.grid), "encoder": self.encoder}
@@ -120,7 +120,7 @@ class VisionTokens:
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> VisionTokens:
         """The tokens in a file.  Raises SourceNotFoundError where there is none, CheckpointError where it is damaged or holds
         something else, NaN included: nothing is allocated before its header is checked."""
-        source = Path(path)
+        source = _as_path(path)
         with open_inside(source.parent.resolve(), source.name) as descriptor:
             header = read_header(descriptor, source.name)
             mode, grid, encoder, picture = _read_metadata(header.metadata, source.name)
@@ -140,6 +140,13 @@ class VisionTokens:
             if is_int8:
                 features *= _read_scales(descriptor, header.tensors[SCALES], entry, source.name, device)[:, None]
         return cls(features, mode, grid, encoder, picture)
+
+
+def _as_path(given: object) -> Path:
+    """Raises InputError for what is no name of a file."""
+    if not isinstance(given, str | os.PathLike):
+        raise InputError(f"vision tokens are in a file, whose name is a str or a Path, got {type(given).__name__}")
+    return Path(given)
 
 
 def _is_pair(given: object) -> bool:
