@@ -16,8 +16,8 @@ from optmem.engine import Completion, document_text
 # Random boxes, half misread, .50 to .88.  The glance tells no better: it sees 320 px as they are (.99), the decoder does not.
 UNSURE = 0.95
 SIDES = (256, 512, 640, 1024)  # pixels: the pages that the shipped reader has learned
-READS = "nano reads pages as optmem render draws them, dense or packed, of 256, 512, 640 or 1024 px, in cells of 8x16 or 8x8"
-_DRAWN = re.compile(r"(?P<source>.*-(?:dense|packed))-(?P<number>[0-9]{4,})\.png(?:-[0-9]+\.safetensors)?", re.DOTALL)
+READS = "nano reads dense pages of 256, 512, 640 or 1024 px in cells of 8x16 or 8x8, as optmem render draws them"
+_DRAWN = re.compile(r"(?P<source>.*-(?P<style>dense|packed))-(?P<number>[0-9]{4,})\.png(?:-[0-9]+\.safetensors)?", re.DOTALL)
 
 
 class Place(NamedTuple):
@@ -25,16 +25,17 @@ class Place(NamedTuple):
 
     source: str
     number: int
+    style: str
 
     def follows(self, other: Place | None) -> bool:
         """Whether it is the next page of the same text."""
-        return other is not None and self == (other.source, other.number + 1)
+        return other is not None and self == other._replace(number=other.number + 1)
 
 
 def place_of(name: str) -> Place | None:
     """The place in a file's name; None for a file of another origin."""
     found = _DRAWN.fullmatch(name)
-    return Place(found["source"], int(found["number"])) if found else None
+    return Place(found["source"], int(found["number"]), found["style"]) if found else None
 
 
 @dataclass(slots=True)
@@ -75,11 +76,16 @@ class Texts:
             click.echo()
 
 
-def doubt(done: Completion, side: int | None) -> str | None:
+def doubt(name: str, done: Completion, side: int | None) -> str | None:
     """What speaks against a page of nano having been read.
+
+    Of a packed page only its name tells: what stands behind the line ends in its rows is passed over, with a confidence of .999.
 
     side   of the page in pixels, where the model is the one that ships: others may have learned other pages
     """
+    place = place_of(name)
+    if place is not None and place.style == "packed":
+        return "packed, so what stands behind a line end in a row is lost"
     if side is not None and side not in SIDES:
         return f"{side} px are not read well"
     chances = _inked(done)
@@ -100,6 +106,6 @@ def _inked(done: Completion) -> list[float]:
 
 def warn(name: str, done: Completion, side: int | None) -> None:
     """Says on stderr what speaks against a page."""
-    why = doubt(done, side)
+    why = doubt(name, done, side)
     if why is not None:
         click.echo(f"optmem: {name}: {why}: {READS}", err=True)

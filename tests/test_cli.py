@@ -233,7 +233,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_read(run, tmp
         assert err.startswith("optmem: odd.png: ")
 
 
-WARNED = "nano reads pages as optmem render draws them"
+WARNED = "nano reads dense pages of 256, 512, 640 or 1024 px"
 
 
 def test_pages_that_nano_reads_are_not_warned_of(run, tmp_path):
@@ -247,7 +247,7 @@ def test_pages_that_nano_reads_are_not_warned_of(run, tmp_path):
 
 @pytest.mark.parametrize(
     "form",
-    [("--style", "document"), ("--cell", "6x12"), ("--cell", "5x8"), ("--size", "320"), ("--size", "1280")],
+    [("--style", "document"), ("--style", "packed"), ("--cell", "6x12"), ("--cell", "5x8"), ("--size", "320"), ("--size", "1280")],
     ids=" ".join,
 )
 def test_a_page_that_nano_does_not_read_is_named(run, tmp_path, form):
