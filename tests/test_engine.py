@@ -4,6 +4,7 @@ import json
 import weakref
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -530,7 +531,8 @@ def test_a_closed_engine_does_nothing_more(engine):
     with Engine(engine.model) as short:
         assert isinstance(short, Engine)
         seen = short.encode(grey(1))
-    for ask in (lambda: short.encode(grey(1)), lambda: short.decode(seen), lambda: short.glance(seen), lambda: short.ocr(grey(1))):
+    reads = (short.decode, short.glance, lambda seen: short.search(seen, "word"), lambda seen: short.stream(seen[0]))
+    for ask in (*(partial(read, seen) for read in reads), lambda: short.encode(grey(1)), lambda: short.ocr(grey(1))):
         with pytest.raises(BackendError, match="this engine is closed: make a new one"):
             ask()
 
