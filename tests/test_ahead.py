@@ -66,9 +66,9 @@ def test_a_users_objects_are_asked_in_the_users_thread_and_bytes_are_decoded_in_
     engine = Engine.from_pretrained("nano", device="cpu")
     decoders, real = set(), Engine._show
 
-    def show(self, pixels, mode):
+    def show(self, pixels, mode, name):
         decoders.add(threading.get_ident())
-        return real(self, pixels, mode)
+        return real(self, pixels, mode, name)
 
     monkeypatch.setattr(Engine, "_show", show)
     pictures = [Watched(png(number)) for number in range(5)]
