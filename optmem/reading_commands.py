@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import click
 
 from optmem.engine import Completion, Engine, VisionTokens
-from optmem.engine.options import Asked
+from optmem.engine.options import Asked, DraftName
 from optmem.errors import InputError, OptmemError, SourceNotFoundError
 from optmem.files import check_writable, is_there
 from optmem.images import SUFFIXES as PICTURES
@@ -34,7 +34,8 @@ def register(cli: click.Group) -> None:
 def _model(command: Command) -> Command:
     chosen = click.option("--model", default="nano", show_default=True, help="nano, or a folder in the hub layout.")
     on = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-    return chosen(on(command))
+    held = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, or int8 on a CPU.")
+    return chosen(on(held(command)))
 
 
 def _shown(command: Command) -> Command:
@@ -66,13 +67,21 @@ def _asked(command: Command) -> Command:
 @_model
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def encode(
-    sources: Sequence[str], output: Path, int8: bool, mode: str | None, dpi: float, model: str, device: str, as_json: bool
+    sources: Sequence[str],
+    output: Path,
+    int8: bool,
+    mode: str | None,
+    dpi: float,
+    as_json: bool,
+    model: str,
+    device: str,
+    dtype: str,
 ) -> None:
     """Write the vision tokens of pictures, PDFs and folders of them, a file for each page.  One that cannot be read is named at the
     end; the others are written."""
     check_writable(output)
     _check_there(sources)
-    engine = Engine.from_pretrained(model, device=device)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
     written: list[dict[str, Any]] = []
     failed: list[tuple[str, Exception]] = []
     images = load_images(sources, dpi=dpi, on_error="yield")
@@ -110,7 +119,14 @@ def _encoded(engine: Engine, images: Iterator[LoadedImage], mode: str | None) ->
 @_asked
 @_model
 def decode(
-    files: Sequence[str], rows: str | None, prompt: str | None, max_tokens: int | None, as_json: bool, model: str, device: str
+    files: Sequence[str],
+    rows: str | None,
+    prompt: str | None,
+    max_tokens: int | None,
+    as_json: bool,
+    model: str,
+    device: str,
+    dtype: str,
 ) -> None:
     """Read files of vision tokens, as `optmem encode` writes them.
 
@@ -119,7 +135,7 @@ def decode(
     """
     wanted = _wanted(rows, prompt, max_tokens)
     _check_tokens(files)
-    engine = Engine.from_pretrained(model, device=device)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
     sides: list[int] = []
 
     def loaded() -> Iterator[VisionTokens]:
@@ -138,6 +154,13 @@ def decode(
 @click.argument("sources", nargs=-1, required=True)
 @_shown
 @_asked
+@click.option(
+    "--draft",
+    type=click.Choice(get_args(DraftName)),
+    default="auto",
+    show_default=True,
+    help="A guess to be verified, which changes no answer: text is what a PDF says of its page, ngrams what was said before.",
+)
 @_model
 def ocr(
     sources: Sequence[str],
@@ -147,8 +170,10 @@ def ocr(
     prompt: str | None,
     max_tokens: int | None,
     as_json: bool,
+    draft: str,
     model: str,
     device: str,
+    dtype: str,
 ) -> None:
     """Read pictures, PDFs and folders of them.  One that cannot be read is named at the end; the others are read.
 
@@ -156,8 +181,9 @@ def ocr(
     is named on stderr.
     """
     wanted = _wanted(rows, prompt, max_tokens)
+    wanted["draft"] = cast(DraftName, draft)
     _check_there(sources)
-    engine = Engine.from_pretrained(model, device=device)
+    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
     names: list[str] = []
 
     def named() -> Iterator[LoadedImage]:
