@@ -8,6 +8,7 @@ Rows are asked for a block at a time, until the last of a block answers `<end>`;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,7 @@ from optmem.text.characters import END, EOL, CharacterTokenizer
 
 ROW_SEED = 1 << 40  # between the seeds of two rows
 SURE = 0.9  # of the size of a page's cells: pages that are read have .99
+SEEN = 0.9  # symbols that a glance expects in a row of which the decoder says that it is below the text
 BLOCK = 33  # rows that a whole page is asked for at once: those of the default form, and the one below them
 
 
@@ -48,6 +50,16 @@ class PageRows:
     rows: Sequence[int] | None = None  # None is the whole page: from row 0 to the end of its text
     draft: Callable[[int], Draft] | None = None  # of a row by its number
     max_symbols: int = MAX_ROW  # of a row, which has one token more: its end, or a symbol too many (`ended_by` is "length")
+    seen: Glimpse | None = None  # where given, a row that says it is below the text and is seen to hold some is asked again
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A row by its number; the second time with the symbol that it begins with, and how sure the glance is of that row."""
+
+    number: int
+    first: int | None = None
+    chance: float = 1.0
 
 
 class RowsRequest(Request):
@@ -65,7 +77,7 @@ class RowsRequest(Request):
         super().__init__(deadline=deadline)
         self.asked, self.decoder, self.tokenizer, self.sampling = asked, decoder, tokenizer, sampling
         self.prefix = Prefix(asked.prefix)
-        self.numbers: list[int] = []  # of the rows, in the order in which they were asked for
+        self.asks: list[_Ask] = []  # one for each of the speeches
         self.stops = (tokenizer.special(EOL), tokenizer.special(END))
         _check(asked, len(tokenizer.rows))
 
@@ -74,39 +86,80 @@ class RowsRequest(Request):
         return self._rows(range(min(BLOCK, len(self.tokenizer.rows))) if self.asked.rows is None else self.asked.rows)
 
     def follow(self) -> Sequence[Speech]:
-        """The next block of a whole page, if the last row of this one is still text."""
-        if self.asked.rows is not None or self.speeches[-1].ids == [self.stops[1]]:
+        """Rows that are asked again; then the next block of a whole page, if the last row of this one is still text."""
+        if again := self._doubted():
+            return self._speeches(again)
+        rows = self._said()
+        if self.asked.rows is not None or rows[-1].is_below:
             return ()
-        first = len(self.speeches)
+        first = len(rows)
         return self._rows(range(first, min(first + BLOCK, len(self.tokenizer.rows))))
 
-    def _rows(self, numbers: Sequence[int]) -> list[Speech]:
-        if not numbers:
+    def _doubted(self) -> list[_Ask]:
+        """Rows that said at once that the text is over, where the glance sees text.  Once each."""
+        if self.asked.seen is None:
             return []
-        self.numbers += numbers
-        device, draft = self.asked.prefix.device, self.asked.draft
-        names = self.decoder.embed(torch.tensor([self.tokenizer.rows[number] for number in numbers], device=device))
-        drafts = [None if draft is None else draft(number) for number in numbers]
-        most, stops, sampling = self.asked.max_symbols + 1, self.stops, self.sampling
-        drawn = [replace(sampling, seed=sampling.seed + number * ROW_SEED) for number in numbers]  # rows do not draw alike
-        every = zip(names, drawn, drafts, strict=True)
-        return [Speech(self.prefix, name[None], most, stops, each, one) for name, each, one in every]
+        twice = {ask.number for ask in self.asks if ask.first is not None}
+        below = [ask.number for ask, speech in zip(self.asks, self.speeches, strict=True) if speech.ids == [self.stops[1]]]
+        seen = (_first_seen(self.asked.seen, number, self.tokenizer) for number in below if number not in twice)
+        return [ask for ask in seen if ask is not None]
+
+    def _rows(self, numbers: Sequence[int]) -> list[Speech]:
+        return self._speeches([_Ask(number) for number in numbers])
+
+    def _speeches(self, asks: Sequence[_Ask]) -> list[Speech]:
+        self.asks += asks
+        return [self._speech(ask) for ask in asks]
+
+    def _speech(self, ask: _Ask) -> Speech:
+        known = [self.tokenizer.rows[ask.number]] + ([] if ask.first is None else [ask.first])
+        own = self.decoder.embed(torch.tensor(known, device=self.asked.prefix.device))
+        sampling = replace(self.sampling, seed=self.sampling.seed + ask.number * ROW_SEED)  # rows do not draw alike
+        draft = None if self.asked.draft is None or ask.first is not None else self.asked.draft(ask.number)
+        most = max(self.asked.max_symbols + 2 - len(known), 1)
+        return Speech(self.prefix, own, most, self.stops, sampling, draft)
+
+    def _said(self) -> list[Row]:
+        """The rows in the order in which they were asked for, each as it was said last."""
+        said = [(ask, _row(ask, speech, self.stops[1])) for ask, speech in zip(self.asks, self.speeches, strict=True)]
+        again = {ask.number: row for ask, row in said if ask.first is not None}
+        return [again.get(ask.number, row) for ask, row in said if ask.first is None]
 
     def found(self) -> list[Row]:
         """The rows that were asked for; of a whole page up to the one below its text."""
-        rows = [_row(number, speech, self.stops[1]) for number, speech in zip(self.numbers, self.speeches, strict=True)]
+        rows = self._said()
         if self.asked.rows is not None:
             return rows
         return until_end(rows[: count_rows([row.is_below for row in rows]) + 1], self.tokenizer)
 
 
-def _row(number: int, speech: Speech, end: int) -> Row:
+def _first_seen(seen: Glimpse, number: int, tokenizer: CharacterTokenizer) -> _Ask | None:
+    """A row asked behind its first symbol, if the glance sees anything but blanks in it.
+
+    A row that begins with blanks looks like one below the text, to the decoder too: what stands far to the right says which it is.
+    """
+    if number >= len(seen.ids):
+        return None
+    (blank,) = tokenizer.encode(" ")
+    cells, chances = seen.ids[number], seen.probabilities[number]
+    is_drawn = (cells >= tokenizer.first_symbol) & (cells != blank)
+    chance = float((chances * is_drawn).sum())
+    if chance < SEEN:
+        return None
+    first = int(cells[0])
+    return _Ask(number, first if first >= tokenizer.first_symbol else blank, min(chance, float(chances[is_drawn].max())))
+
+
+def _row(ask: _Ask, speech: Speech, end: int) -> Row:
     ended_by = "length"
     if speech.is_ended:
         ended_by = "end" if speech.ids[-1] == end else "eol"
     ids = speech.ids[:-1] if speech.is_ended else speech.ids
     counts = (speech.passes, speech.accepted, speech.refused)
-    return Row(number, ids, speech.logprobs, ended_by, speech.probabilities, *counts)
+    if ask.first is None:
+        return Row(ask.number, ids, speech.logprobs, ended_by, speech.probabilities, *counts)
+    logprobs, probabilities = [math.log(ask.chance), *speech.logprobs], [ask.chance, *speech.probabilities]
+    return Row(ask.number, [ask.first, *ids], logprobs, ended_by, probabilities, *counts)
 
 
 def _check(page: PageRows, names: int) -> None:
@@ -186,12 +239,11 @@ class RowsReader:
     def _asked(self, page: VisionTokens, options: Options) -> PageRows:
         prefix = embed_prefix(self.model.encoder, self.model.decoder, page.features, page.mode, self.tokenizer)
         most = min(longest_row(page.mode.size), MAX_ROW if options.max_tokens is None else options.max_tokens)
-        if options.draft in ("auto", "glance"):
-            return draft_page(prefix, self.head.read(page.features), self.tokenizer, options.rows, most)
-        if options.draft is None:
-            return PageRows(prefix, options.rows, max_symbols=most)
-        own = options.draft
-        return PageRows(prefix, options.rows, lambda _: Lookup() if isinstance(own, str) else own, most)
+        seen, own = self.head.read(page.features), options.draft
+        if own in ("auto", "glance"):
+            return replace(draft_page(prefix, seen, self.tokenizer, options.rows, most), seen=seen)
+        draft = None if own is None else lambda _: Lookup() if isinstance(own, str) else own
+        return PageRows(prefix, options.rows, draft, most, seen)
 
     def _check_rows(self, page: VisionTokens, rows: Sequence[int] | None) -> None:
         """Raises InputError for rows that the page has no room for, by the cells that the glance is sure of, or by the least."""

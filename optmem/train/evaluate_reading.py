@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
@@ -95,15 +95,15 @@ class Reading:
 
 def read_drafted(nano: Nano, asked: Sequence[Asked]) -> list[list[Row]]:
     """Greedy decoding with the glance as a draft."""
-    pages = [draft_page(page.prefix, page.glimpse, nano.tokenizer, page.rows, page.most) for page in asked]
+    drafted = [draft_page(page.prefix, page.glimpse, nano.tokenizer, page.rows, page.most) for page in asked]
+    pages = [replace(page, seen=each.glimpse) for page, each in zip(drafted, asked, strict=True)]
     return read_pages(nano.model.decoder, pages, nano.tokenizer)
 
 
 def read_greedily(nano: Nano, asked: Sequence[Asked]) -> list[list[Row]]:
     """The same answers, token by token."""
-    return read_pages(
-        nano.model.decoder, [PageRows(page.prefix, page.rows, max_symbols=page.most) for page in asked], nano.tokenizer
-    )
+    pages = [PageRows(page.prefix, page.rows, max_symbols=page.most, seen=page.glimpse) for page in asked]
+    return read_pages(nano.model.decoder, pages, nano.tokenizer)
 
 
 @torch.inference_mode()
