@@ -1,5 +1,6 @@
 """Draft and verify says what plain greedy decoding says, bit for bit, and gives back the memory of what was refused."""
 
+import copy
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -358,3 +359,62 @@ def test_a_temperature_moves_probabilities_and_not_the_text(reader):
     assert [row.ids for row in warm] == [row.ids for row in plain]
     assert [row.logprobs for row in warm] == [row.logprobs for row in plain]
     assert all(w < p for a, b in zip(warm, plain, strict=True) for w, p in zip(a.probabilities, b.probabilities, strict=True))
+
+
+# --- rows that are asked again ------------------------------------------------------------------------------------------------
+
+
+def glimpse_of(*rows):
+    """What a glance is sure of: dots are cells behind the end."""
+    ids = [[END_ID if char == "." else TOKENIZER.encode(char)[0] for char in row] for row in rows]
+    return Glimpse(torch.tensor(ids), torch.ones(len(rows), len(rows[0])), (16, 8), 1.0)
+
+
+def test_a_row_that_says_the_text_is_over_is_asked_again_where_the_glance_sees_text(reader):
+    decoder, prefixes = reader
+    seen = glimpse_of("one.", "  x.", "    ", "....", "y z.")
+    request = RowsRequest(PageRows(prefixes[0], range(6), max_symbols=40, seen=seen), decoder, TOKENIZER)
+    for speech in request.ordered(request.begin()):
+        speech.ids, speech.logprobs, speech.probabilities = [END_ID], [-0.1], [0.9]
+    again = request.ordered(request.follow())
+    blank, y = TOKENIZER.encode(" ")[0], TOKENIZER.encode("y")[0]
+    assert [(ask.number, ask.first) for ask in request.asks[6:]] == [(0, TOKENIZER.encode("o")[0]), (1, blank), (4, y)]
+    for speech in again:
+        assert speech.own.shape[0] == 2
+        speech.ids, speech.logprobs, speech.probabilities = [blank, EOL_ID], [-0.2, -0.3], [0.8, 0.7]
+    assert not request.follow()  # once each
+    rows = request.found()
+    assert [row.ids for row in rows] == [[TOKENIZER.encode("o")[0], blank], [blank, blank], [], [], [y, blank], []]
+    assert [row.ended_by for row in rows] == ["eol", "eol", "end", "end", "eol", "end"]
+    assert rows[1].logprobs == [0.0, -0.2, -0.3]  # of the first symbol the glance's own
+
+
+def test_no_glance_no_doubt(reader):
+    decoder, prefixes = reader
+    request = RowsRequest(PageRows(prefixes[0], range(3), max_symbols=40), decoder, TOKENIZER)
+    for speech in request.ordered(request.begin()):
+        speech.ids = [END_ID]
+    assert not request.follow()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_rows_asked_again_are_the_same_with_and_without_drafts(reader, at_once):
+    decoder, prefixes = reader
+    bent = ending_at_once(decoder, prefixes[0])
+    seen = [glimpse_of(*["  ab" * 3] * 4) for _ in prefixes]
+    plain = [PageRows(prefix, range(5), max_symbols=MOST, seen=one) for prefix, one in zip(prefixes, seen, strict=True)]
+    drafted = [
+        replace(draft_page(prefix, one, TOKENIZER, range(5), MOST), seen=one) for prefix, one in zip(prefixes, seen, strict=True)
+    ]
+    limits = Limits(texts=at_once)
+    rows = read_pages(bent, plain, TOKENIZER, limits=limits)
+    assert rows == read_pages(bent, drafted, TOKENIZER, limits=limits)
+    assert any(row.ids and row.logprobs[0] == 0.0 for page in rows for row in page), "no row was asked again"
+
+
+def ending_at_once(decoder, prefix):
+    """The same decoder, which says the end of the text wherever it said what row 0 of a page begins with."""
+    (first, *_), bent = read_rows(decoder, prefix, range(1), TOKENIZER, max_symbols=2)[0].ids, copy.deepcopy(decoder)
+    with torch.no_grad():
+        bent.lm_head.weight[END_ID] = bent.lm_head.weight[first] * 1.1
+    return bent

@@ -107,3 +107,21 @@ def test_the_readme_says_what_its_example_gives(engine, tmp_path, monkeypatch):
     assert optmem.document_text(engine.decode(tokens)) == text
     assert engine.decode(tokens[0], rows=range(12, 15))[0].text == "line 12 of a text\nline 13 of a text\nline 14 of a text\n"
     assert (tmp_path / "page.safetensors").is_file()
+
+
+INDENTED = "\n".join(" " * (7 * line % 57) + ("}", "return x;", '"k": 1,', "else:")[line % 4] for line in range(60)) + "\n"
+TABBED = "\n".join(f"all:\t{line}.o\tlib.a\n\t$(CC) -c -o $@ $<\t# {line * line}\n\t\t@echo '{line}'" for line in range(12)) + "\n"
+SIGNED = "„Größere Übungen“ – « où ? » ⇒ ½ ≤ 3 … ‘so’ │ ░▒▓█ ├── src\n" * 6
+SCRIPTS = "Съешь ещё этих мягких булок\nπάντα ῥεῖ\n今天天气很好 🙂\n"
+
+
+@pytest.mark.parametrize("text", [INDENTED, TABBED, "one\n", "two\nlines, and no end", "x\n" * 40], ids=range(5))
+def test_it_reads_what_other_texts_are_made_of(engine, text):
+    done = engine.decode(engine.encode(optmem.paginate(text)))
+    assert optmem.document_text(done) == text
+
+
+@pytest.mark.parametrize(("text", "least"), [(SIGNED, 0.98), (SCRIPTS, 0.9)], ids=["signs", "scripts"])
+def test_it_reads_signs_and_escapes_nearly(engine, text, least):
+    done = engine.decode(engine.encode(optmem.paginate(text)))
+    assert likeness(optmem.document_text(done), text) > least
