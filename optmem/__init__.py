@@ -13,6 +13,8 @@ else:
 
     def __getattr__(name: str) -> object:
         """A public name, imported when it is first asked for: torch takes seconds, in which the command line must hear Ctrl-C."""
+        if name in ("engine", "errors", "pages"):  # as `import optmem` has always brought them
+            return import_module(f"optmem.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module 'optmem' has no attribute {name!r}")
         globals()[name] = getattr(import_module(_HOMES[name]), name)

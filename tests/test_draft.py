@@ -389,6 +389,18 @@ def test_a_row_that_says_the_text_is_over_is_asked_again_where_the_glance_sees_t
     assert rows[1].logprobs == [0.0, -0.2, -0.3]  # of the first symbol the glance's own
 
 
+def test_a_row_that_says_it_twice_is_below_the_text(reader):
+    decoder, prefixes = reader
+    request = RowsRequest(PageRows(prefixes[0], range(2), max_symbols=40, seen=glimpse_of("one.", "  x.")), decoder, TOKENIZER)
+    for speech in request.ordered(request.begin()):
+        speech.ids, speech.logprobs, speech.probabilities = [END_ID], [-0.1], [0.9]
+    for speech in request.ordered(request.follow()):
+        speech.ids, speech.logprobs, speech.probabilities = [END_ID], [-0.2], [0.8]
+    rows = request.found()
+    assert [row.ids for row in rows] == [TOKENIZER.encode("o"), []]  # what the glance saw first is text, a blank is none
+    assert [row.is_below for row in rows] == [False, True]
+
+
 def test_no_glance_no_doubt(reader):
     decoder, prefixes = reader
     request = RowsRequest(PageRows(prefixes[0], range(3), max_symbols=40), decoder, TOKENIZER)

@@ -124,3 +124,17 @@ def test_who_is_interrupted_leaves_the_others_work_to_them(model):
         assert sorted(str(call.result(30)) for call in calls) == ["1", "1", "interrupted"]
     assert gate.passes == [1, 2, 1]
     assert len(queue.encode([views(3)])) == 1
+
+
+def test_who_is_interrupted_while_waiting_is_forgotten(model, monkeypatch):
+    queue = EncodeQueue(model.encode)
+
+    def interrupted(_asked):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queue, "_wait_or_serve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            queue.encode([views(1)])
+    assert not queue._waiting
+    assert len(queue.encode([views(2)])) == 1

@@ -17,6 +17,7 @@ from optmem.engine.modes import next_mode
 from optmem.engine.sampling import chances
 from optmem.engine.texts import EVERY, LOOKED, REPEATED, TIMES, Listener, turns_in_a_circle
 from optmem.errors import CheckpointError, ImageError, InputError
+from optmem.images import LoadedImage
 from optmem.model.decoder import greedy
 from optmem.model.model import Model
 from optmem.pixels import MODES, NO_TILES
@@ -140,14 +141,9 @@ def test_drafts_change_nothing(v1, draft):
     assert v1.decode(seen, max_tokens=60, draft=draft) == v1.decode(seen, max_tokens=60, draft=None)
 
 
-class Printed:
-    """A picture that says what stands on it, as a PDF's page does."""
-
-    def __init__(self, pixels, text):
-        self.pixels, self.text = pixels, text
-
-    def image(self):
-        return self.pixels
+def printed_page(pixels, text):
+    """A picture that comes with a text, as a PDF's page does."""
+    return LoadedImage("page", pixels, text=text)
 
 
 def test_a_text_layer_saves_passes_and_changes_nothing(v1):
@@ -157,13 +153,29 @@ def test_a_text_layer_saves_passes_and_changes_nothing(v1):
     before = loop.steps
     assert list(v1.ocr(shown, "tiny", max_tokens=60, draft=None)) == plain
     alone, before = loop.steps - before, loop.steps
-    printed = [Printed(picture, done.text) for picture, done in zip(shown, plain, strict=True)]
+    printed = [printed_page(picture, done.text) for picture, done in zip(shown, plain, strict=True)]
     assert list(v1.ocr(printed, "tiny", max_tokens=60, draft="text")) == plain
     assert loop.steps - before < alone
-    for text in ("", "what does not stand there " * 9):
-        assert list(v1.ocr([Printed(picture, text) for picture in shown], "tiny", max_tokens=60, draft="text")) == plain
+    for text in ("", "what does not stand there " * 9, "<image> what " * 9_000):
+        assert list(v1.ocr([printed_page(picture, text) for picture in shown], "tiny", max_tokens=60, draft="text")) == plain
     seen = v1.encode(shown[0], "tiny")
     assert v1.decode(seen, max_tokens=60, draft=v1.text_draft(plain[0].text)) == v1.decode(seen, max_tokens=60)
+
+
+class Odd:
+    """A user's picture, whose other attributes are nobody's business."""
+
+    def image(self):
+        return pictures(1)[0]
+
+    @property
+    def text(self):
+        raise RuntimeError("asked for")
+
+
+def test_nothing_of_a_users_object_is_asked_for_but_its_image(v1):
+    (done,) = v1.ocr([Odd()], "tiny", max_tokens=3, draft="text")
+    assert done.error is None
 
 
 def test_a_text_belongs_to_pictures(v1):

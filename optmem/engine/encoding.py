@@ -45,10 +45,19 @@ class EncodeQueue:
         asked = _Asked(pictures)
         with self._turn:
             self._waiting.append(asked)
-        while not asked.is_done:
-            self._wait_or_serve(asked)
+        try:
+            while not asked.is_done:
+                self._wait_or_serve(asked)
+        except BaseException:  # interrupted: nobody needs it any more
+            with self._turn:
+                if asked in self._waiting:
+                    self._waiting.remove(asked)
+            raise
         if asked.error is not None:
-            raise asked.error
+            try:
+                raise asked.error
+            finally:
+                del asked  # a traceback that held it would hold its pictures
         return asked.features
 
     def _wait_or_serve(self, asked: _Asked) -> None:

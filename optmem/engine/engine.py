@@ -30,7 +30,7 @@ from optmem.engine.encoding import EncodeQueue
 from optmem.engine.kv import make_cache
 from optmem.engine.loop import CLOSED, Loop
 from optmem.engine.modes import choose_mode
-from optmem.engine.options import Asked, Options, check_names, options
+from optmem.engine.options import Asked, DraftName, Options, check_names, options
 from optmem.engine.pipeline import Pipeline, Shown
 from optmem.engine.requests import Answer
 from optmem.engine.result import Completion, Glanced
@@ -41,13 +41,14 @@ from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.search import LEAST, Found, Words, found_in
 from optmem.engine.texts import Prompter
 from optmem.engine.vision_tokens import VisionTokens
-from optmem.errors import BackendError, CheckpointError, InputError
+from optmem.errors import BackendError, CheckpointError, InputError, OptmemError
 from optmem.images import Pixels, is_whole, name_of, take_image
 from optmem.items import in_parts, watched
 from optmem.model.model import Model
 from optmem.model.quantize import quantize
 from optmem.pixels import Mode, make_views
 
+MOST_TEXT = 1 << 14  # characters of a PDF's text layer that are looked through at every step: a dense page has a third of it
 TEXT_DRAFT = 32  # tokens that a text proposes at once: it is right for long, or not at all
 PAGES_AT_ONCE = 64  # pictures, or pages to read: what is held of all others is what was given
 
@@ -132,6 +133,7 @@ class Engine:
             shown = (ahead.start(self._take(picture, mode, name)) for picture, name in named)
             for some in in_parts(shown, PAGES_AT_ONCE):
                 encoded += self._encode([wait() for wait in some])
+                del some  # their views, before the next ones are made
         return encoded
 
     def _encode(self, shown: Sequence[Shown]) -> list[VisionTokens]:
@@ -381,10 +383,19 @@ class _Reads:
     def ask(self, page: VisionTokens, text: str) -> Answer:
         wanted = self.wanted
         if wanted.draft == "text":
-            wanted = replace(wanted, draft=self.engine.text_draft(text) if text else "auto")
+            wanted = replace(wanted, draft=self._draft_of(text))
         (request,) = self.engine._reader.requests([page], wanted)
         self.engine._started().submit(request)
         return request
+
+    def _draft_of(self, text: str) -> Draft | DraftName:
+        """Of a text that came with a picture, which may be anything: a guess must not fail a page.  Nano has a better one."""
+        if not text or isinstance(self.engine._reader, RowsReader):
+            return "auto"
+        try:
+            return self.engine.text_draft(text[:MOST_TEXT])
+        except OptmemError:
+            return "auto"
 
     def cancel(self, asked: Answer) -> None:
         if self.engine._loop is not None:

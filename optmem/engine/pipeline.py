@@ -18,6 +18,7 @@ from optmem.engine.requests import Answer
 from optmem.engine.result import Attempt, Completion, failed
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import BackendError, OptmemError, shown
+from optmem.images import LoadedImage
 from optmem.items import one_ahead
 from optmem.model.config import ModelConfig
 from optmem.pixels import Mode, Views
@@ -174,9 +175,8 @@ def _growing(pages: Iterable[_Page]) -> Iterator[list[_Page]]:
 
 
 def _text_of(picture: object) -> str:
-    """What a picture says of itself: images.LoadedImage does, of a PDF's pages."""
-    text = getattr(picture, "text", None)
-    return text if isinstance(text, str) else ""
+    """What a PDF says of its page; no attribute of a user's object is asked for."""
+    return picture.text if isinstance(picture, LoadedImage) else ""
 
 
 class _Source:

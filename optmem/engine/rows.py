@@ -122,8 +122,12 @@ class RowsRequest(Request):
     def _said(self) -> list[Row]:
         """The rows in the order in which they were asked for, each as it was said last."""
         said = [(ask, _row(ask, speech, self.stops[1])) for ask, speech in zip(self.asks, self.speeches, strict=True)]
-        again = {ask.number: row for ask, row in said if ask.first is not None}
+        again = {ask.number: row for ask, row in said if ask.first is not None and not self._is_nothing(row)}
         return [again.get(ask.number, row) for ask, row in said if ask.first is None]
+
+    def _is_nothing(self, row: Row) -> bool:
+        """Whether a row that was asked again says a second time that the text is over."""
+        return row.ended_by == "end" and not self.tokenizer.symbols(row.ids).strip(" ")
 
     def found(self) -> list[Row]:
         """The rows that were asked for; of a whole page up to the one below its text."""
