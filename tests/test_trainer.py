@@ -66,9 +66,9 @@ def test_rows_that_begin_far_to_the_right_are_asked_more_often():
     (blank,) = TOKENIZER.encode(" ")
     wide.ids[:, :, :] = TOKENIZER.encode("x")[0] - TOKENIZER.first_symbol + 1
     wide.ids[:, 3, :20] = blank - TOKENIZER.first_symbol + 1
-    labels = label(wide, TOKENIZER, (), np.random.default_rng(1), num_spots=8, num_stretches=200)
+    labels = label(wide, TOKENIZER, (), np.random.default_rng(1), num_spots=8, num_stretches=2000)
     share = (labels.ids[:, :, 0] == TOKENIZER.rows[3]).float().mean()
-    assert 0.09 < share < 0.25  # of 16 rows, where chance gives each .06
+    assert 0.12 < share < 0.25  # of 16 rows
 
 
 def test_rows_say_what_the_page_says():

@@ -91,7 +91,7 @@ class Engine:
         device   "auto" is a GPU where there is one
         dtype    "auto" is what is stored, but fp32 on a CPU that multiplies it in software: `optmem env` says which.
                  "int8", on a CPU, holds the decoder's matrices as int8, with a scale for every row, and all else in the type
-                 that is fast here: half the memory of bf16, and tokens as much faster as their weights are read from memory.
+                 that is fast here: half the memory of bf16.  Tokens are faster only where memory is slow beside the cores.
                  Such a model cannot be saved
 
         Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model,

@@ -83,7 +83,7 @@ class SynthConfig:
     mix: Mix = field(default_factory=Mix)
     harms: tuple[Degradation, ...] = ()
     batch: int = 32  # pages
-    seasoned: bool = True  # a quarter of the texts with some letters changed to rarer characters; else all as written
+    seasoned: bool = True  # three texts in ten with some letters changed to rarer characters; else all as written
 
     def __post_init__(self) -> None:
         if not self.forms or not sum(form.share for form in self.forms):
