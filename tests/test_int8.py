@@ -1,5 +1,6 @@
 """int8 weights: the kernels against the reference for every instruction set, and a decoder whose matrices are held so."""
 
+import math
 import random
 import string
 
@@ -16,6 +17,7 @@ from optmem.model.decoder import Experts, Linear
 from optmem.model.model import Model
 from optmem.model.quantize import LARGEST, quantize, quantize_rows
 from optmem.model.random import random_decoder
+from optmem.native import native
 from optmem.testing import assert_close, assert_equal, available_isas, every_other, fenced, forced_isa, generator, guarded
 from optmem.train.scores import likeness
 
@@ -60,6 +62,19 @@ def meaning(x, gate_up, down, routing, scales):
 # --- linear_rows ----------------------------------------------------------------------------------------------------------------
 
 
+def takes_fixed(dtype):
+    """Whether tokens of this type meet int8 as 16-bit integers, with the instruction set in force."""
+    return dtype == torch.bfloat16 and native("_cpu").require().has_fixed()
+
+
+def fixed(x):
+    """Tokens as the kernel takes them: integers below 2^15, or less in long rows, and what a step of every row is worth."""
+    columns_of_a_lane = -(-x.shape[1] // 64) * 64 // 16
+    bits_less = max(0, math.ceil(math.log2(columns_of_a_lane / 512)))
+    step = 2.0 ** (x.double().abs().amax(1, keepdim=True).log2().floor() - 14 + bits_less)
+    return (x.double() / step).round().long(), step
+
+
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,8 +83,57 @@ def test_linear_rows_matches_reference(isa, dtype, shape):
     exact = reference.linear_rows(x.double(), weight, torch.float64, scales)
     with forced_isa(isa):
         for out in {dtype, torch.float32}:
-            expected = reference.linear_rows(x, weight, out, scales)
-            assert_close(ops.linear_rows(x, weight, out, scales), expected, exact=exact, slack=4.0)
+            said = ops.linear_rows(x, weight, out, scales)
+            if takes_fixed(dtype):
+                check_steps(said, exact, x, weight, scales)
+            else:
+                assert_close(said, reference.linear_rows(x, weight, out, scales), exact=exact, slack=4.0)
+
+
+def check_steps(said, exact, x, weight, scales):
+    """Off by half a step of every number of a token at most, and by the roundings of fp32 and of the result's type."""
+    step = fixed(x)[1]
+    sizes = weight.double().abs().sum(1) * scales
+    numbers = (x.double().abs() @ weight.double().abs().T) * scales
+    bound = 0.501 * step * sizes + 2e-6 * numbers + torch.finfo(said.dtype).eps * exact.abs()
+    assert ((said.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("width", [1, 64, 1280, 9001, 40000])
+def test_tokens_of_bf16_are_integers(width):
+    """The sums are those of integers, also where all are as large as they can be, and a lane's sum of them nearly 2^31."""
+    if not takes_fixed(torch.bfloat16):
+        pytest.skip("this machine has no products of 16-bit integers")
+    x, weight, _ = inputs(5, 9, width, torch.bfloat16)
+    x[1], x[2], weight[1] = 3.0, -3.0, -128
+    x[3, 0] = 1e4  # beside it the others are of few steps
+    steps, step = fixed(x)
+    said = ops.linear_rows(x, weight, torch.float32, torch.ones(9))
+    assert steps.abs().max() < 2**15
+    sums = (steps @ weight.long().T) * step
+    assert ((said.double() - sums).abs() <= 2e-7 * (steps.abs() @ weight.long().abs().T) * step).all()
+
+
+def test_what_is_not_small_beside_the_largest_is_exact():
+    """Numbers down to a 128th of a token's largest: the answer is that of bf16 weights, to the last bit of these small sums."""
+    rng = generator("kept")
+    x = (torch.randint(1, 256, (4, 100), generator=rng) * 2.0 ** torch.randint(-7, 1, (4, 100), generator=rng)).bfloat16()
+    x[:, 0] = 255.0
+    weight = torch.randint(-128, 128, (6, 100), generator=rng, dtype=torch.int8)
+    said = ops.linear_rows(x, weight, torch.float32, torch.ones(6))
+    assert_equal(said.double(), x.double() @ weight.double().T)
+
+
+def test_tokens_without_steps():
+    """Zeros and what is as good as zero give zeros; a NaN or an infinity spoils its own token alone."""
+    weight, scales = torch.full((3, 70), 100, dtype=torch.int8), torch.ones(3)
+    x = torch.ones(6, 70, dtype=torch.bfloat16)
+    x[0], x[1], x[2, 69], x[3, 0], x[4, 7] = 0.0, 1e-39, torch.nan, torch.inf, -torch.inf
+    said = ops.linear_rows(fenced(x), fenced(weight), torch.float32, scales)
+    assert_equal(said[0], torch.zeros(3))
+    assert (said[1].abs() < 1e-34).all()
+    assert not said[2:5].isfinite().any()
+    assert_equal(said[5], torch.full((3,), 7000.0))
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -90,6 +154,8 @@ def test_a_row_does_not_know_of_the_others(isa, dtype, threads):
 def test_weights_of_int8_are_summed_as_those_of_the_tokens_type(isa, dtype, tokens):
     x, weight, scales = inputs(tokens, 40, 1280, dtype)
     with forced_isa(isa):
+        if takes_fixed(dtype):
+            pytest.skip("integers: test_tokens_of_bf16_are_integers")
         sums = ops.linear_rows(x, weight.to(dtype), torch.float32)
         assert_equal(ops.linear_rows(x, weight, torch.float32, scales), sums * scales)
 
@@ -120,8 +186,6 @@ def test_strided_inputs_empty_sides_and_other_types(dtype):
 
 
 def test_writes_its_output_and_nothing_else():
-    from optmem.native import native
-
     x, weight, scales = inputs(7, 35, 48, torch.float32)
     with guarded((7, 35), torch.float32, x.device) as out:
         native("_cpu").require().linear_rows(x.numpy(), weight.numpy(), scales.numpy(), out.numpy(), 2)

@@ -4,6 +4,7 @@
 #include "checks.h"
 #include "cpu/arrays.h"
 #include "cpu/expert_mlp.h"
+#include "cpu/fixed.h"
 #include "cpu/linear_rows.h"
 #include "cpu/paged_attention.h"
 #include "cpu/pick_token.h"
@@ -231,6 +232,7 @@ void bind_decoder(py::module_& m) {
         py::arg("out").noconvert(), py::arg("num_threads"));
   m.def("linear_rows", &linear_rows_int8<Bf16, float>, py::arg("x").noconvert(), py::arg("weight").noconvert(),
         py::arg("scales").noconvert(), py::arg("out").noconvert(), py::arg("num_threads"));
+  m.def("has_fixed", &optmem::has_fixed, "Whether tokens of bf16 meet weights of int8 as 16-bit integers here.");
   m.def("route", &route, py::arg("scores").noconvert(), py::arg("ids").noconvert(), py::arg("weights").noconvert(),
         py::arg("order").noconvert(), py::arg("starts").noconvert(), py::arg("num_threads"));
   m.def("pick_token", &pick_token, py::arg("logits").noconvert(), py::arg("history").noconvert(),

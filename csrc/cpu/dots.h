@@ -2,13 +2,13 @@
 //
 // Every product of one row and one token is summed in the same order whatever the tile around it, so a token's result does not
 // depend on how many other tokens were computed with it, bit for bit.  A row of int8 is widened to the tokens' type, which is
-// exact, and then summed in the order of that type.  Tile after tile widens it anew: with six tokens that is 5 % of a tile's time,
-// and widening whole chunks beforehand made eight tokens half as slow again.
+// exact, and then summed in the order of that type.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/fixed.h"
 #include "cpu/floats.h"
 
 namespace optmem {
@@ -16,7 +16,7 @@ namespace optmem {
 constexpr int kDotRows = 4;    // rows of a tile
 constexpr int kDotTokens = 6;  // most tokens of a tile: 24 sums stay in registers
 
-// sums[kDotRows * m + r] = weight row r . token m; rows are `stride` elements apart.  W is T or int8_t.
+// sums[kDotRows * m + r] = weight row r . token m; rows are `stride` elements apart.  W is T or int8_t; T is Fixed for int8_t alone.
 template <typename T, typename W = T>
 using Dots = void (*)(const W* weight, int64_t stride, int64_t in, const T* const* tokens, float* sums);
 

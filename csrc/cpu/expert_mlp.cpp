@@ -58,8 +58,8 @@ std::vector<Piece> pieces_of(const ExpertMlp<T, W>& job) {
 }
 
 // inner[i] = silu(gate) * up for the expert's pairs and the piece's columns; tokens[i] is the row of x of the i-th pair in order.
-template <typename T, typename W>
-void project_in(const ExpertMlp<T, W>& job, const DotKernel<T, W>& kernel, Piece piece, const T* const* tokens, T* inner) {
+template <typename Token, typename T, typename W>
+void project_in(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, Piece piece, const Token* const* tokens, T* inner) {
   const int64_t rows = std::min(kChunk, job.width - piece.first);
   const int64_t gate_row = piece.expert * 2 * job.width + piece.first, end = job.starts[piece.expert + 1];
   const ChunkRows<W> gate_rows = rows_from(job.gate_up, job.gate_up_scales, gate_row, rows, job.hidden);
@@ -75,8 +75,9 @@ void project_in(const ExpertMlp<T, W>& job, const DotKernel<T, W>& kernel, Piece
 }
 
 // Columns first .. first + kChunk of out, for all tokens and experts.  sums is [tokens, kChunk] and zero.
-template <typename T, typename W>
-void project_out(const ExpertMlp<T, W>& job, const DotKernel<T, W>& kernel, int64_t first, const T* const* inner, float* sums) {
+template <typename Token, typename T, typename W>
+void project_out(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t first, const Token* const* inner,
+                 float* sums) {
   const int64_t rows = std::min(kChunk, job.hidden - first);
   const auto add = OPTMEM_DISPATCH(Finish<T>::add);
   const auto store = OPTMEM_DISPATCH(Finish<T>::store);
@@ -95,32 +96,47 @@ void project_out(const ExpertMlp<T, W>& job, const DotKernel<T, W>& kernel, int6
   for (int64_t t = 0; t < job.tokens; ++t) store(sums + t * kChunk, rows, job.out + t * job.hidden + first);
 }
 
+// Tokens of the kind that the kernel takes.
+template <typename Token, typename T, typename W>
+void run(const ExpertMlp<T, W>& job, int num_threads) {
+  const DotKernel<Token, W> kernel = dot_kernel<Token, W>();
+  const std::vector<Piece> pieces = pieces_of(job);
+  std::vector<T> inner(job.pairs() * job.width);
+  Rows<Token, T> x(job.x, job.tokens, job.hidden), inner_rows(inner.data(), job.pairs(), job.width);
+  std::vector<const Token*> of_x(job.pairs()), of_inner(job.pairs());
+  for (int64_t t = 0; t < job.tokens; ++t) x.turn(t);
+  for (int64_t i = 0; i < job.pairs(); ++i) {
+    of_x[i] = x[job.order[i] / job.top_k];
+    of_inner[i] = inner_rows[i];
+  }
+  const int64_t num_pieces = static_cast<int64_t>(pieces.size());
+  const int chunks = run_of(num_pieces, num_threads);
+#pragma omp parallel num_threads(num_threads)
+  {
+    std::vector<float> sums(job.tokens * kChunk);
+#pragma omp for schedule(dynamic, chunks)
+    for (int64_t p = 0; p < num_pieces; ++p) project_in(job, kernel, pieces[p], of_x.data(), inner.data());
+    if constexpr (Rows<Token, T>::kTurned) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < job.pairs(); ++i) inner_rows.turn(i);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < job.hidden; first += kChunk) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      project_out(job, kernel, first, of_inner.data(), sums.data());
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T, typename W>
 void expert_mlp(const ExpertMlp<T, W>& job, int num_threads) {
   check_job(job);
-  const DotKernel<T, W> kernel = dot_kernel<T, W>();
-  const std::vector<Piece> pieces = pieces_of(job);
-  std::vector<T> inner(job.pairs() * job.width);
-  std::vector<const T*> inner_rows(job.pairs()), x_rows(job.pairs());
-  for (int64_t i = 0; i < job.pairs(); ++i) {
-    x_rows[i] = job.x + job.order[i] / job.top_k * job.hidden;
-    inner_rows[i] = inner.data() + i * job.width;
+  if constexpr (takes_fixed<T, W>) {
+    if (has_fixed()) return run<Fixed>(job, num_threads);
   }
-  const int64_t num_pieces = static_cast<int64_t>(pieces.size());
-  const int run = run_of(num_pieces, num_threads);
-#pragma omp parallel num_threads(num_threads)
-  {
-    std::vector<float> sums(job.tokens * kChunk);
-#pragma omp for schedule(dynamic, run)
-    for (int64_t p = 0; p < num_pieces; ++p) project_in(job, kernel, pieces[p], x_rows.data(), inner.data());
-#pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < job.hidden; first += kChunk) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      project_out(job, kernel, first, inner_rows.data(), sums.data());
-    }
-  }
+  run<T>(job, num_threads);
 }
 
 template void expert_mlp(const ExpertMlp<Bf16>&, int);

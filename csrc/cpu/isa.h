@@ -27,6 +27,7 @@ bool has_bf16();
 #define OPTMEM_AVX2 __attribute__((target("avx2,fma")))
 #define OPTMEM_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
 #define OPTMEM_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+#define OPTMEM_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")))
 
 // Defines name_plain, name_avx2 and name_avx512 with the same parameters, each calling body_name.
 #define OPTMEM_VARIANTS(name, body_name, parameters, arguments) \

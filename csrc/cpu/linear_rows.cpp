@@ -18,14 +18,17 @@ struct Store {
   OPTMEM_VARIANTS(store, store_body<Out>, (const float* sums, int64_t count, Out* out), (sums, count, out))
 };
 
-}  // namespace
-
-template <typename T, typename Out, typename W>
-void linear_rows(const LinearRows<T, Out, W>& job, int num_threads) {
-  const DotKernel<T, W> kernel = dot_kernel<T, W>();
+// Tokens of the kind that the kernel takes.
+template <typename Token, typename T, typename Out, typename W>
+void multiply(const LinearRows<T, Out, W>& job, int num_threads) {
+  const DotKernel<Token, W> kernel = dot_kernel<Token, W>();
   const auto store = OPTMEM_DISPATCH(Store<Out>::store);
-  std::vector<const T*> tokens(job.tokens);
-  for (int64_t t = 0; t < job.tokens; ++t) tokens[t] = job.x + t * job.in;
+  Rows<Token, T> x(job.x, job.tokens, job.in);
+  std::vector<const Token*> tokens(job.tokens);
+  for (int64_t t = 0; t < job.tokens; ++t) {
+    x.turn(t);
+    tokens[t] = x[t];
+  }
   const int run = run_of((job.rows + kChunk - 1) / kChunk, num_threads);
 #pragma omp parallel for schedule(dynamic, run) num_threads(num_threads)
   for (int64_t first = 0; first < job.rows; first += kChunk) {
@@ -38,6 +41,16 @@ void linear_rows(const LinearRows<T, Out, W>& job, int num_threads) {
       for (int m = 0; m < count; ++m) store(sums + kChunk * m, rows, job.out + (t + m) * job.rows + first);
     }
   }
+}
+
+}  // namespace
+
+template <typename T, typename Out, typename W>
+void linear_rows(const LinearRows<T, Out, W>& job, int num_threads) {
+  if constexpr (takes_fixed<T, W>) {
+    if (has_fixed()) return multiply<Fixed>(job, num_threads);
+  }
+  multiply<T>(job, num_threads);
 }
 
 template void linear_rows(const LinearRows<Bf16, Bf16>&, int);

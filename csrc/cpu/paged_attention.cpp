@@ -86,6 +86,21 @@ void check_job(const PagedAttention<T>& job) {
   }
 }
 
+constexpr int64_t kAhead = 16;  // keys: 4 KB of bf16 heads of 128, what is on its way while a core waits 200 ns for memory
+
+// Fetches the rows of kDotRows keys to the second cache: a head's rows are `heads` rows apart, which no prefetcher of the machine
+// guesses.  8 sequences of 300 tokens, 10 heads of 128: 0.72 ms without, 0.57 ms with it.
+template <typename T>
+OPTMEM_INLINE void fetch_ahead(const Ask<T>& ask, const T* cache, int64_t key, const Range& range) {
+  if (key >= range.end) return;
+  const char* row = reinterpret_cast<const char*>(ask.row(cache, key));
+  for (int r = 0; r < kDotRows; ++r) {
+    for (int64_t byte = 0; byte < ask.job.dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(row + r * ask.stride() * static_cast<int64_t>(sizeof(T)) + byte, 0, 2);
+    }
+  }
+}
+
 // scores[width * m + key] = query m . key, over the ranges.
 template <typename T>
 void score(const Ask<T>& ask, const DotKernel<T>& kernel, const Range (&ranges)[2], int64_t width, float* scores) {
@@ -94,6 +109,7 @@ void score(const Ask<T>& ask, const DotKernel<T>& kernel, const Range (&ranges)[
   for (int m = 0; m < ask.count; ++m) queries[m] = ask.job.queries + ((ask.first_query + m) * ask.job.heads + ask.head) * ask.job.dim;
   for (const Range& range : ranges) {
     for (int64_t key = range.first; key < range.end; key += kDotRows) {
+      fetch_ahead(ask, ask.job.keys, key + kAhead, range);
       // What lies behind the last key is memory of the same page: its score is replaced in soften.
       kernel.four[ask.count - 1](ask.row(ask.job.keys, key), ask.stride(), ask.job.dim, queries, sums);
       for (int m = 0; m < ask.count; ++m) std::memcpy(scores + width * m + key, sums + kDotRows * m, sizeof(float) * kDotRows);
@@ -164,33 +180,53 @@ OPTMEM_INLINE void load_wide(const Bf16* from, int64_t count, Floats& low, Float
 OPTMEM_INLINE float wide_channel(const float*, const Floats& low, const Floats& high, int64_t i) { return i < 16 ? low[i] : high[i - 16]; }
 OPTMEM_INLINE float wide_channel(const Bf16*, const Floats& low, const Floats& high, int64_t i) { return i % 2 ? high[i / 2] : low[i / 2]; }
 
-// out = sum over keys of weight * value / total, for kCount queries.
-template <typename T, int kCount>
-OPTMEM_INLINE void blend_body(const Ask<T>& ask, const Range (&ranges)[2], int64_t width, const float* weights, const float* totals) {
+// Registers of sums: kCount queries by kBlocks blocks of channels, of two each.
+constexpr int most_blocks(int count) { return count == 1 ? 4 : count <= 3 ? 2 : 1; }
+
+// Channels d .. of out = sum over keys of weight * value / total, for kCount queries.
+template <typename T, int kCount, int kBlocks>
+OPTMEM_INLINE void blend_blocks(const Ask<T>& ask, const Range (&ranges)[2], int64_t width, const float* weights,
+                                const float* totals, int64_t d) {
   const int64_t dim = ask.job.dim;
-  for (int64_t d = 0; d < dim; d += kWide) {
-    Floats low[kCount] = {}, high[kCount] = {};
-    for (const Range& range : ranges) {
-      for (int64_t start = range.first; start < range.end; start += kPageUnit) {
-        const T* values = ask.row(ask.job.values, start) + d;
-        const int64_t count = std::min(kPageUnit, ask.position + ask.count - start);  // beyond it nothing was written
-        for (int64_t i = 0; i < count; ++i) {
+  Floats low[kCount][kBlocks] = {}, high[kCount][kBlocks] = {};
+  for (const Range& range : ranges) {
+    for (int64_t start = range.first; start < range.end; start += kPageUnit) {
+      const T* values = ask.row(ask.job.values, start) + d;
+      const int64_t count = std::min(kPageUnit, ask.position + ask.count - start);  // beyond it nothing was written
+      for (int64_t i = 0; i < count; ++i) {
+        if (i % kDotRows == 0) fetch_ahead(ask, ask.job.values, start + i + kAhead, range);
+#pragma GCC unroll 4
+        for (int b = 0; b < kBlocks; ++b) {
           Floats value_low, value_high;
-          load_wide(values + i * ask.stride(), dim - d, value_low, value_high);
+          load_wide(values + i * ask.stride() + b * kWide, dim - d - b * kWide, value_low, value_high);
 #pragma GCC unroll 6
           for (int m = 0; m < kCount; ++m) {
             const float weight = weights[width * m + start + i];
-            low[m] += weight * value_low;
-            high[m] += weight * value_high;
+            low[m][b] += weight * value_low;
+            high[m][b] += weight * value_high;
           }
         }
       }
     }
-    for (int m = 0; m < kCount; ++m) {
-      T* out = ask.job.out + ((ask.first_query + m) * ask.job.heads + ask.head) * dim + d;
-      for (int64_t i = 0; i < std::min(kWide, dim - d); ++i) out[i] = narrow<T>(wide_channel(out, low[m], high[m], i) / totals[m]);
+  }
+  for (int m = 0; m < kCount; ++m) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const int64_t first = d + b * kWide;
+      T* out = ask.job.out + ((ask.first_query + m) * ask.job.heads + ask.head) * dim + first;
+      for (int64_t i = 0; i < std::min(kWide, dim - first); ++i) {
+        out[i] = narrow<T>(wide_channel(out, low[m][b], high[m][b], i) / totals[m]);
+      }
     }
   }
+}
+
+// All channels: as many blocks at once as there are, for a row of values is best read in one go.
+template <typename T, int kCount>
+OPTMEM_INLINE void blend_body(const Ask<T>& ask, const Range (&ranges)[2], int64_t width, const float* weights, const float* totals) {
+  constexpr int kMost = most_blocks(kCount);
+  int64_t d = 0;
+  for (; d + (kMost - 1) * kWide < ask.job.dim; d += kMost * kWide) blend_blocks<T, kCount, kMost>(ask, ranges, width, weights, totals, d);
+  for (; d < ask.job.dim; d += kWide) blend_blocks<T, kCount, 1>(ask, ranges, width, weights, totals, d);
 }
 
 template <typename T, int kCount>

@@ -39,6 +39,9 @@ def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, sca
     dtype               of the result: x's own, or torch.float32
     scales  fp32 [out]  what a row of int8 is multiplied by
     -> [T, out]
+
+    On a CPU with products of 16-bit integers, bf16 tokens meet int8 as such: what is smaller than a 128th of a row's largest number
+    is rounded to 2^-14 of it or less.
     """
     check_float("linear_rows", "x", x, 2)
     if weight.dim() != 2:
