@@ -74,26 +74,42 @@ void project_in(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, P
   }
 }
 
-// Columns first .. first + kChunk of out, for all tokens and experts.  sums is [tokens, kChunk] and zero.
+// Columns of out that a thread makes at once: a multiple of kChunk.  Of an expert they are neighbouring rows, so what is fetched
+// ahead of a chunk is the next chunk.
+int64_t span_of(int64_t hidden, int num_threads) {
+  const int64_t chunks = (hidden + kChunk - 1) / kChunk;
+  return std::max<int64_t>(chunks / (4 * num_threads), 1) * kChunk;
+}
+
+// The tokens of an expert, added to their sums: columns first .. of out, rows of sums `span` apart.
 template <typename Token, typename T, typename W>
-void project_out(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t first, const Token* const* inner,
-                 float* sums) {
-  const int64_t rows = std::min(kChunk, job.hidden - first);
+void add_expert(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t expert, int64_t first,
+                const Token* const* inner, float* sums, int64_t span) {
   const auto add = OPTMEM_DISPATCH(Finish<T>::add);
-  const auto store = OPTMEM_DISPATCH(Finish<T>::store);
+  const ChunkRows<W> down_rows =
+      rows_from(job.down, job.down_scales, expert * job.hidden + first, std::min(kChunk, job.hidden - first), job.width);
   float dots[kChunk * kDotTokens] = {};
-  for (int64_t e = 0; e < job.experts; ++e) {
-    const ChunkRows<W> down_rows = rows_from(job.down, job.down_scales, e * job.hidden + first, rows, job.width);
-    for (int64_t i = job.starts[e]; i < job.starts[e + 1]; i += kernel.tokens) {
-      const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.starts[e + 1] - i));
-      dot_rows(kernel, down_rows, inner + i, count, dots);
-      for (int m = 0; m < count; ++m) {
-        const int32_t pair = job.order[i + m];
-        add(dots + kChunk * m, job.weights[pair], sums + pair / job.top_k * kChunk);
-      }
+  for (int64_t i = job.starts[expert]; i < job.starts[expert + 1]; i += kernel.tokens) {
+    const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.starts[expert + 1] - i));
+    dot_rows(kernel, down_rows, inner + i, count, dots);
+    for (int m = 0; m < count; ++m) {
+      const int32_t pair = job.order[i + m];
+      add(dots + kChunk * m, job.weights[pair], sums + pair / job.top_k * span);
     }
   }
-  for (int64_t t = 0; t < job.tokens; ++t) store(sums + t * kChunk, rows, job.out + t * job.hidden + first);
+}
+
+// Columns first .. first + span of out, for all tokens and experts.  sums is [tokens, span] and zero.
+template <typename Token, typename T, typename W>
+void project_out(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t first, const Token* const* inner, float* sums,
+                 int64_t span) {
+  const auto store = OPTMEM_DISPATCH(Finish<T>::store);
+  const int64_t columns = std::min(span, job.hidden - first);
+  for (int64_t e = 0; e < job.experts; ++e) {
+    if (job.starts[e] == job.starts[e + 1]) continue;
+    for (int64_t c = 0; c < columns; c += kChunk) add_expert(job, kernel, e, first + c, inner, sums + c, span);
+  }
+  for (int64_t t = 0; t < job.tokens; ++t) store(sums + t * span, columns, job.out + t * job.hidden + first);
 }
 
 // Tokens of the kind that the kernel takes.
@@ -111,9 +127,10 @@ void run(const ExpertMlp<T, W>& job, int num_threads) {
   }
   const int64_t num_pieces = static_cast<int64_t>(pieces.size());
   const int chunks = run_of(num_pieces, num_threads);
+  const int64_t span = span_of(job.hidden, num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
-    std::vector<float> sums(job.tokens * kChunk);
+    std::vector<float> sums(job.tokens * span);
 #pragma omp for schedule(dynamic, chunks)
     for (int64_t p = 0; p < num_pieces; ++p) project_in(job, kernel, pieces[p], of_x.data(), inner.data());
     if constexpr (Rows<Token, T>::kTurned) {
@@ -121,9 +138,9 @@ void run(const ExpertMlp<T, W>& job, int num_threads) {
       for (int64_t i = 0; i < job.pairs(); ++i) inner_rows.turn(i);
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < job.hidden; first += kChunk) {
+    for (int64_t first = 0; first < job.hidden; first += span) {
       std::fill(sums.begin(), sums.end(), 0.0f);
-      project_out(job, kernel, first, of_inner.data(), sums.data());
+      project_out(job, kernel, first, of_inner.data(), sums.data(), span);
     }
   }
 }
