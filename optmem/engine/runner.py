@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,43 +28,52 @@ class Runner:
     def run(self, works: Sequence[Work]) -> Said:
         """What those works are told that ask, one behind the other, `work.asked` tokens each."""
         batch = self.cache.batch([work.written for work in works], [work.count for work in works])
-        hidden = self.decoder(self._embeddings(works), batch, self.cache)
-        asked = _asked(works)
+        ids, placed, asked, speaking = _gathered(works)
+        hidden = self.decoder(self._embeddings(ids, placed), batch, self.cache)
         if not asked:
             return Said([], [], [])
         if len(asked) < hidden.shape[0]:
             hidden = hidden[torch.tensor(asked, device=hidden.device)]
-        return pick(self.decoder.logits(hidden), _picks(works), confidence_temperature=self.temperature)
+        return pick(self.decoder.logits(hidden), _picks(speaking), confidence_temperature=self.temperature)
 
-    def _embeddings(self, works: Sequence[Work]) -> Tensor:
+    def _embeddings(self, ids: Sequence[int], placed: Sequence[tuple[int, Tensor]]) -> Tensor:
         """[T, hidden]: words from the table in one call, vectors of prompts in their places."""
-        ids: list[int] = []
-        placed: list[tuple[int, Tensor]] = []
-        for work in works:
-            if work.vectors is not None:
-                placed.append((len(ids), work.vectors))
-                ids += [0] * work.vectors.shape[0]
-            ids += work.ids
         embedded = self.decoder.embed(torch.tensor(ids, device=self.cache.keys.device))
         for first, vectors in placed:
             embedded[first : first + vectors.shape[0]] = vectors
         return embedded
 
 
-def _asked(works: Sequence[Work]) -> Sequence[int]:
-    """The tokens of a pass behind which one is picked."""
-    if all(work.asked == work.count for work in works):
-        return range(sum(work.count for work in works))
-    asked, end = list[int](), 0
+class _Gathered(NamedTuple):
+    """What a pass is made of."""
+
+    ids: list[int]  # of every token; 0 in the place of a vector
+    placed: list[tuple[int, Tensor]]  # vectors of prompts, and where the first of them stands
+    asked: list[int]  # the tokens behind which one is picked
+    speaking: list[Work]  # whose they are
+
+
+def _gathered(works: Sequence[Work]) -> _Gathered:
+    """All that is asked of works, in one walk over them: there are many, and behind a pass they are in no cache any more."""
+    gathered = _Gathered([], [], [], [])
+    ids, placed, asked, speaking = gathered
     for work in works:
-        end += work.count
-        asked += range(end - work.asked, end)
-    return asked
+        if work.vectors is not None:
+            placed.append((len(ids), work.vectors))
+            ids += [0] * work.vectors.shape[0]
+        ids += work.ids
+        if work.asked == 1:
+            asked.append(len(ids) - 1)
+        elif work.asked:
+            asked += range(len(ids) - work.asked, len(ids))
+        if work.asked:
+            speaking.append(work)
+    return gathered
 
 
 def _picks(works: Sequence[Work]) -> list[Pick]:
     """How every token is picked; nothing where all are the likeliest."""
-    asking = [(work.speech, work) for work in works if work.speech is not None and work.asked]
-    if all(speech.sampling.is_plain for speech, _ in asking):
+    if all(work.speech is None or work.speech.sampling.is_plain for work in works):
         return []
+    asking = [(work.speech, work) for work in works if work.speech is not None]
     return [Pick(speech.sampling, speech.ids, work.proposal, work.asked) for speech, work in asking]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -118,8 +119,9 @@ def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float
     return Said(ids.tolist(), logprobs.tolist(), confidence.tolist())
 
 
+@lru_cache(maxsize=16)
 def _plain(rows: int) -> list[Tensor]:
-    """What pick_token wants to know of rows that ask for nothing."""
+    """What pick_token wants to know of rows that ask for nothing.  It reads them only."""
     nothing, zeros = torch.empty((rows, 0), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     numbers = torch.zeros(rows)
     return [nothing, zeros, zeros, nothing, numbers, torch.ones(rows), numbers.double()]

@@ -203,6 +203,13 @@ class Scheduler:
 
     def _work(self, speech: Speech, left: int, share: int) -> Work:
         """What a text feeds next, at most `left` tokens."""
+        if (
+            speech.draft is None
+            and speech.written is not None
+            and speech.written.length == speech.prompt + len(speech.ids) - 1
+            and speech.ids
+        ):
+            return Work(speech.written, None, speech.ids[-1:], speech, (), 1)  # what nearly all texts do in nearly all passes
         prefix = speech.prefix
         if speech.written is None and not prefix.is_whole:
             if prefix.written is None:
@@ -213,8 +220,6 @@ class Scheduler:
             shared = prefix.written
             speech.written = self.cache.new_sequence(speech.prompt) if shared is None else shared.fork(speech.prompt)
         written, known = speech.written.length, speech.known
-        if written == known - 1 and speech.ids and speech.draft is None:
-            return Work(speech.written, None, speech.ids[-1:], speech, (), 1)  # what nearly all texts do in nearly all passes
         end = min(known, written + left)
         ids = speech.ids[max(written - speech.prompt, 0) : max(end - speech.prompt, 0)]
         vectors = speech.own[written - prefix.length : end - prefix.length] if written < speech.prompt else None

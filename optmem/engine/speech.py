@@ -93,13 +93,17 @@ class Speech:
         most = min(most, self.most - len(self.ids) - 1)
         if most < 1:
             return []
-        proposed = [int(token) for token in self.draft.propose(tuple(self.ids))[:most]]
-        for at, token in enumerate(proposed):
-            if token in self.stops:
-                return proposed[: at + 1]
-            if not 0 <= token < vocab_size:
-                return proposed[:at]
+        proposed = self._up_to_stop([int(token) for token in self.draft.propose(tuple(self.ids))[:most]])
+        if proposed and not (min(proposed) >= 0 and max(proposed) < vocab_size):
+            return proposed[: next(at for at, token in enumerate(proposed) if not 0 <= token < vocab_size)]
         return proposed
+
+    def _up_to_stop(self, ids: list[int]) -> list[int]:
+        """Tokens up to the first that ends the text, with it."""
+        for stop in self.stops:
+            if stop in ids:
+                ids = ids[: ids.index(stop) + 1]
+        return ids
 
     def unended(self, proposed: list[int]) -> list[int]:
         """What has to be fed of a proposal: nothing stands behind what ends a text."""
@@ -112,18 +116,23 @@ class Speech:
             agreed = accept(proposed, said.ids, first)
             self.accepted, self.refused = self.accepted + agreed, self.refused + len(proposed) - agreed
             end = min(first + agreed + 1, end)  # a proposal that ends the text and is right has no token behind it
-        for at in range(first, end):
-            token = said.ids[at]
-            self.ids.append(token)
-            self.logprobs.append(said.logprobs[at])
-            self.probabilities.append(said.probabilities[at])
-            heard = None if self.listen is None else self.listen(token)
-            if token in self.stops:
-                heard = "stop"
-            if heard is not None or len(self.ids) >= self.most:
-                self.finish = heard or "length"
-                return
-        if proposed and self.written is not None:
+        ids = self._up_to_stop(said.ids[first : min(end, first + self.most - len(self.ids))])
+        heard = None
+        if self.listen is not None:
+            for count, token in enumerate(ids, 1):
+                heard = self.listen(token)
+                if heard is not None:
+                    ids = ids[:count]
+                    break
+        end = first + len(ids)
+        self.ids += ids
+        self.logprobs += said.logprobs[first:end]
+        self.probabilities += said.probabilities[first:end]
+        if self.is_ended:
+            self.finish = "stop"
+        elif heard is not None or len(self.ids) >= self.most:
+            self.finish = heard or "length"
+        elif proposed and self.written is not None:
             self.written.truncate(self.known - 1)
 
     def rest(self) -> None:

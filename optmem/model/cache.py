@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optmem.errors import InputError
+from optmem.machine import empty_weight
 from optmem.model.config import DecoderConfig
 from optmem.ops import PAGE_UNIT
 
@@ -58,21 +59,18 @@ class Sequence:
     prompt: int = 0  # tokens, those still to come counted: known before the first is written, whatever the chunks
     length: int = 0  # tokens written
     pages: list[int] = field(default_factory=list)  # GONE where no later token sees the page
-    _row: NDArray[np.int32] | None = field(default=None, init=False, repr=False)  # the pages as a table has them
+    roomy_to: int = field(
+        default=0, init=False, repr=False
+    )  # up to this length nothing but the length changes: the last page is its own
 
     def __post_init__(self) -> None:
         if self.prompt < 0:
             raise InputError(f"a prompt has 0 tokens or more, got {self.prompt}")
 
-    def row(self) -> NDArray[np.int32]:
-        """The pages, as a table has them: they change once in page_size tokens, and are asked for with every one."""
-        if self._row is None:
-            self._row = np.array(self.pages, dtype=np.int32)
-        return self._row
-
     def append(self, count: int) -> tuple[int, int]:
         """Makes room for the next tokens and says which they are, first and end.  Changes nothing where there is no room."""
-        return self.cache.append([self], [count])[0]
+        (end,) = self.cache.append([self], [count])
+        return end - count, end
 
     def unseen(self) -> range:
         """The places of the pages that neither the next token nor a later one sees: none without a window."""
@@ -96,23 +94,21 @@ class Sequence:
         unseen = self.unseen()
         self.cache.give_back(self.passed())
         self.pages[unseen.start : unseen.stop] = [GONE] * len(unseen)
-        self._row = None
+        self.roomy_to = 0
 
-    def extend(self, count: int) -> tuple[int, int]:
+    def extend(self, count: int) -> None:
         """What append does once there is room."""
-        first, size = self.length, self.cache.page_size
-        if first % size > 0 and self.cache.users[self.pages[-1]] > 1:
+        size = self.cache.page_size
+        if self.length % size > 0 and self.cache.users[self.pages[-1]] > 1:
             shared = self.pages.pop()
             self.pages += self.cache.take(1)
             self.cache.copy(shared, self.pages[-1])
             self.cache.give_back([shared])
-            self._row = None
         self.length += count
         missing = -(-self.length // size) - len(self.pages)
         if missing:
             self.pages += self.cache.take(missing)
-            self._row = None
-        return first, self.length
+        self.roomy_to = len(self.pages) * size
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from this length on, such as drafts that were refused.
@@ -131,11 +127,12 @@ class Sequence:
         if kept < len(self.pages):
             self.cache.give_back(self.pages[kept:])
             del self.pages[kept:]
-            self._row = None
+            self.roomy_to = 0
 
     def fork(self, prompt: int | None = None) -> Sequence:
         """A sequence that begins with this one's tokens and goes its own way; its prompt may be longer than this one's."""
         fork = Sequence(self.cache, self.prompt if prompt is None else prompt, self.length, list(self.pages))
+        self.roomy_to = 0
         most = self.gone().start * self.cache.page_size
         if self.gone() and fork.prompt > most:
             raise InputError(f"a fork's prompt can have {most} tokens, for those behind were given back, got {fork.prompt}")
@@ -145,6 +142,42 @@ class Sequence:
     def close(self) -> None:
         """Gives all pages back."""
         self.truncate(0)
+
+
+class _LastBatch:
+    """The table of the last batch: the same texts come pass after pass, and few of them have got a page meanwhile."""
+
+    def __init__(self) -> None:
+        self.prompts: list[int] = []  # of the sequences
+        self._sequences: list[Sequence] = []
+        self._table = np.zeros((0, 0), dtype=np.int32)
+
+    def is_of(self, sequences: Several[Sequence]) -> bool:
+        """Whether the last batch was of just these."""
+        return self._sequences == sequences  # by identity
+
+    def forget(self) -> None:
+        """The next batch is of others, whatever it is of."""
+        self._sequences = []
+
+    def table(self, sequences: Several[Sequence], changed: Several[int]) -> NDArray[np.int32]:
+        """[sequences, most pages of one], GONE where there is none; the caller's own.
+
+        changed   those whose pages may not be what they were; all of them, where the last batch was not of these
+        """
+        width = max([len(sequences[at].pages) for at in changed], default=0)
+        is_known, self._sequences = self.is_of(sequences), []  # until the table is whole again
+        if not is_known:
+            self.prompts = [sequence.prompt for sequence in sequences]
+            self._table = np.full((len(sequences), width), GONE, dtype=np.int32)
+        elif width > self._table.shape[1]:
+            self._table = np.pad(self._table, ((0, 0), (0, width - self._table.shape[1])), constant_values=GONE)
+        for at in changed:
+            row = sequences[at].pages
+            self._table[at, : len(row)] = row
+            self._table[at, len(row) :] = GONE
+        self._sequences = list(sequences)
+        return self._table.copy()
 
 
 class Cache:
@@ -163,9 +196,10 @@ class Cache:
         shape = (config.layers, num_pages, page_size, config.heads, config.head_dim)
         self.page_size = page_size
         self.window = config.window
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (empty_weight(shape, dtype, device) for _ in range(2))
         self.users = [0] * num_pages  # sequences that hold a page
         self.free = list(range(num_pages))[::-1]
+        self._last = _LastBatch()
 
     @classmethod
     def for_tokens(
@@ -231,41 +265,78 @@ class Cache:
 
     def batch(self, sequences: Several[Sequence], counts: Several[int]) -> Batch:
         """Appends so many tokens to every sequence and says where they go.  Changes nothing where there is no room for all."""
-        self.append(sequences, counts)
-        table = np.full((len(sequences), max(len(sequence.pages) for sequence in sequences)), GONE, dtype=np.int32)
-        for row, sequence in zip(table, sequences, strict=True):
-            row[: len(sequence.pages)] = sequence.row()
-        lengths = np.array([sequence.length for sequence in sequences])
+        ends, changed = self._append(sequences, counts)
+        table = self._last.table(sequences, changed)
+        texts, tokens, device = len(counts), sum(counts), self.keys.device
+        is_step = texts == tokens  # one token of each
+        numbers = self._of_step(sequences, ends) if is_step else self._of_several(table, counts, ends)
+        sizes = (tokens, tokens, texts + 1, texts, texts)
+        positions, slots, starts, lengths, prompts = torch.from_numpy(numbers).to(device).split_with_sizes(sizes)
+        return Batch(positions, slots, starts, lengths, prompts, torch.from_numpy(table).to(device))
+
+    def _of_step(self, sequences: Several[Sequence], ends: Several[int]) -> NDArray[np.int64]:
+        """Positions, slots, starts, lengths and prompts of one token of each, in one array.
+
+        Behind a pass's weights no code is in a cache any more: a call of numpy that takes 2 us in a loop takes 10 to 20 here, so
+        that plain lists are faster.
+        """
+        size, positions, slots = self.page_size, list[int](), list[int]()
+        for sequence, end in zip(sequences, ends, strict=True):
+            page, cell = divmod(end - 1, size)
+            positions.append(end - 1)
+            slots.append(sequence.pages[page] * size + cell)
+        return np.array([*positions, *slots, *range(len(ends) + 1), *ends, *self._last.prompts])
+
+    def _of_several(self, table: NDArray[np.int32], counts: Several[int], ends: Several[int]) -> NDArray[np.int64]:
+        """The same of several tokens."""
         starts = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
         rows = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(len(rows)) + (lengths - starts[1:])[rows]
-        slots = table[rows, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
-        prompts = np.array([sequence.prompt for sequence in sequences])
-        arrays = (positions, slots, starts, lengths, prompts, table)
-        return Batch(*(torch.from_numpy(array).to(self.keys.device) for array in arrays))
+        positions = np.arange(len(rows)) + (np.array(ends) - starts[1:])[rows]
+        pages, cells = np.divmod(positions, self.page_size)
+        slots = table[rows, pages].astype(np.int64) * self.page_size + cells
+        return np.concatenate((positions, slots, starts, ends, self._last.prompts))
 
-    def append(self, sequences: Several[Sequence], counts: Several[int]) -> list[tuple[int, int]]:
-        """Makes room for the next tokens of every sequence and says which they are, first and end.
+    def append(self, sequences: Several[Sequence], counts: Several[int]) -> list[int]:
+        """Makes room for the next tokens of every sequence and says what lengths they have then.
 
         What no later token sees is given back first.  Changes nothing where there is no room for all.
         """
+        self._last.forget()
+        return self._append(sequences, counts)[0]
+
+    def _append(self, sequences: Several[Sequence], counts: Several[int]) -> tuple[list[int], list[int]]:
+        """Their new lengths, and those whose pages may not be what they were in the last batch."""
         if len(sequences) != len(counts) or not sequences:
             raise InputError(f"a batch needs sequences and a count for each, got {len(sequences)} and {len(counts)}")
         if min(counts) < 1:
             raise InputError(f"a pass takes at least one token of a sequence, got {min(counts)}")
-        for at, sequence in enumerate(sequences):
-            if sequence.cache is not self:
-                raise InputError(f"a batch takes sequences of its own cache, but number {at} is of another")
-        if len(set(sequences)) < len(sequences):
-            raise InputError(f"a batch takes a sequence once, but of its {len(sequences)} only {len(set(sequences))} differ")
+        is_known = self._last.is_of(sequences)
+        if not is_known:
+            self._check_own(sequences)
         most = sum(counts) // self.page_size + 2 * len(counts)  # pages: a part of one and a copy of one for each
         if most > len(self.free):
             self._check_room(*self._room(sequences, counts))
         if self.window is not None:
             for sequence in sequences:
                 sequence.forget_unseen()
-        return [sequence.extend(count) for sequence, count in zip(sequences, counts, strict=True)]
+        ends, changed = list[int](), list[int]()
+        for at, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            end = sequence.length + count
+            if end <= sequence.roomy_to:  # nearly all texts in nearly all passes
+                sequence.length = end
+            else:
+                sequence.extend(count)
+                changed.append(at)
+            ends.append(end)
+        return ends, changed if is_known else list(range(len(ends)))
+
+    def _check_own(self, sequences: Several[Sequence]) -> None:
+        for at, sequence in enumerate(sequences):
+            if sequence.cache is not self:
+                raise InputError(f"a batch takes sequences of its own cache, but number {at} is of another")
+        if len(set(sequences)) < len(sequences):
+            raise InputError(f"a batch takes a sequence once, but of its {len(sequences)} only {len(set(sequences))} differ")
 
     def _room(self, sequences: Several[Sequence], counts: Several[int]) -> tuple[int, int]:
         """The pages that a batch needs, and those that will be free when it has given back what it no longer sees."""
@@ -296,8 +367,9 @@ class Cache:
         users = Counter(page for sequence in sequences for page in _held(sequence.pages))
         assert self.users == [users[page] for page in range(len(self.users))], "users of a page are miscounted"
         assert sorted(self.free) == [page for page, count in enumerate(self.users) if count == 0], "a free page is used, or lost"
-        rows = all(sequence.row().tolist() == sequence.pages for sequence in sequences)
-        assert rows, "a sequence's row is not of its pages"
+        roomy = [sequence for sequence in sequences if sequence.roomy_to]
+        assert all(sequence.roomy_to == len(sequence.pages) * self.page_size for sequence in roomy), "room is misjudged"
+        assert all(self.users[sequence.pages[-1]] == 1 for sequence in roomy), "a sequence would write to a page of others"
 
 
 def _held(pages: Iterable[int]) -> list[int]:

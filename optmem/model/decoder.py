@@ -190,12 +190,20 @@ class Decoder(nn.Module):
         """int64 [T] -> [T, hidden].  Raises InputError where an id is not in the vocabulary."""
         if ids.dtype != torch.int64 or ids.dim() != 1:
             raise InputError(f"token ids must be torch.int64 [T], got {ids.dtype} {list(ids.shape)}")
+        if ids.device.type != "cpu":  # where an id outside would end more than this call
+            self._check_ids(ids)
+        try:
+            vectors: Tensor = self.model.embed_tokens(ids)
+        except IndexError:
+            self._check_ids(ids)
+            raise
+        return vectors
+
+    def _check_ids(self, ids: Tensor) -> None:
         outside = (ids < 0) | (ids >= self.config.vocab_size)
         if outside.any():
             at = int(outside.nonzero()[0])
             raise InputError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {int(ids[at])} at {at}")
-        vectors: Tensor = self.model.embed_tokens(ids)
-        return vectors
 
     def forward(self, embeddings: Tensor, batch: Batch, cache: Cache) -> Tensor:
         """[T, hidden] of all sequences, one after the other -> normalised hidden states [T, hidden]; fills the cache.
