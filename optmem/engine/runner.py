@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,7 +34,11 @@ class Runner:
             return Said([], [], [])
         if len(asked) < hidden.shape[0]:
             hidden = hidden[torch.tensor(asked, device=hidden.device)]
-        return pick(self.decoder.logits(hidden), _picks(works), confidence_temperature=self.temperature)
+        return pick(self.decoder.logits(hidden), picks_of(works), confidence_temperature=self.temperature)
+
+    def working(self) -> AbstractContextManager[None]:
+        """Where a thread stays that only runs passes."""
+        return nullcontext()
 
     def _embeddings(self, works: Sequence[Work]) -> Tensor:
         """[T, hidden]: words from the table in one call, vectors of prompts in their places."""
@@ -61,7 +66,7 @@ def _asked(works: Sequence[Work]) -> Sequence[int]:
     return asked
 
 
-def _picks(works: Sequence[Work]) -> list[Pick]:
+def picks_of(works: Sequence[Work]) -> list[Pick]:
     """How every token is picked; nothing where all are the likeliest."""
     asking = [(work.speech, work) for work in works if work.speech is not None and work.asked]
     if all(speech.sampling.is_plain for speech, _ in asking):
