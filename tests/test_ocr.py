@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from optmem.engine import Engine, VisionTokens
 from optmem.engine.draft import Lookup
+from optmem.engine.lanes import Lanes, PlainLane
 from optmem.engine.modes import next_mode
 from optmem.engine.sampling import chances
 from optmem.engine.texts import EVERY, LOOKED, REPEATED, TIMES, Listener, turns_in_a_circle
@@ -42,19 +43,27 @@ def make(family, *, tokenizer=TOKENIZER, **settings):
     return Engine(Model(config, weights, tokenizer), **settings)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+RECORDED = Lanes(PlainLane(), PlainLane())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(family, lanes) for lanes in (None, RECORDED) for family in FAMILIES],
+    ids=[family + way for way in ("", " recorded") for family in FAMILIES],
+)
 def engine(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = make(request.param)
+    family, lanes = request.param
+    made = make(family, lanes=lanes)
     yield made
     made.close()
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def v1():
-    made = make("deepseek-ocr")
+@pytest.fixture(scope="module", params=[None, RECORDED], ids=["plain", "recorded"])
+def v1(request):
+    made = make("deepseek-ocr", lanes=request.param)
     yield made
     made.close()
 
