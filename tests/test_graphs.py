@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optmem import Engine, paginate
 from optmem.engine.buckets import text_bucket
 from optmem.engine.graphs import NOWHERE, SLOTS, GraphRunner
-from optmem.engine.lanes import PlainLane, Recordings, lanes_for
+from optmem.engine.lanes import Lanes, PlainLane, Recordings, lanes_for
 from optmem.engine.sampling import Sampling
 from optmem.engine.scheduler import Limits, Work
 from optmem.engine.speech import Prefix, Speech
@@ -191,3 +192,17 @@ def test_what_cannot_be_recorded_is_called_and_said_once(decoder, caplog):
 
 def test_a_cpu_needs_no_lanes():
     assert lanes_for(torch.device("cpu")) is None
+
+
+def test_nano_reads_a_page_as_it_does_without():
+    """The shipped checkpoint: the same pictures, tokens and numbers; its texts one token at a time, and verified."""
+    plain = Engine.from_pretrained("nano", device="cpu")
+    (tokens,) = plain.encode(paginate("a page of words\nand some more of them\n\tthe last line\n"))
+    with Engine(plain.model, plain.temperatures, lanes=Lanes(PlainLane(), PlainLane())) as recorded:
+        for asked in ({"draft": None}, {"draft": "glance"}, {"draft": None, "temperature": 0.7, "seed": 4}):
+            (wanted,), (found,) = (engine.decode(tokens, rows=range(4), **asked) for engine in (plain, recorded))
+            assert found == wanted
+        names = set(recorded._loop.runner.passes._known)
+        assert {kind for kind, _ in names} == {"picks", "logits"}
+        assert {size for _, size in names} >= {1, 2, 4}
+    assert "a page of words" in plain.decode(tokens, rows=range(4), draft=None)[0].text
