@@ -190,6 +190,28 @@ def test_what_cannot_be_recorded_is_called_and_said_once(decoder, caplog):
     assert runner.passes.plain == [("picks", 4)]
 
 
+class Narrow(GraphRunner):
+    """Has no room for the largest pass."""
+
+    def _picked(self, size):
+        if size == self.texts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._picked(size)
+
+
+def test_without_room_for_the_largest_pass_nothing_is_recorded_and_nobody_fails(decoder, caplog):
+    speeches, plain = texts(decoder, 6, seed=12), texts(decoder, 6, seed=12)
+    run(engine(decoder, runner="plain"), plain)
+    loop = engine(decoder, runner="plain")
+    loop.runner = Narrow(decoder, loop.scheduler.cache, PlainLane(), texts=32)
+    with caplog.at_level(logging.WARNING):
+        run(loop, speeches)
+    assert said(speeches) == said(plain)
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("graphs")] == [
+        "decode: nothing is recorded, for there is no room for a pass of 32 texts"
+    ]
+
+
 def test_a_cpu_needs_no_lanes():
     assert lanes_for(torch.device("cpu")) is None
 

@@ -9,6 +9,7 @@ writes nowhere, and nobody asks what it picks.  Prompts, chunks of them and prop
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -21,13 +22,14 @@ from optmem import ops
 from optmem.engine.buckets import text_bucket
 from optmem.engine.draft import Said
 from optmem.engine.lanes import Lane, Recordings
-from optmem.engine.runner import Runner, picks_of
-from optmem.engine.sampling import packed, pick, plain_arguments, unpacked
+from optmem.engine.runner import Runner, _picks
+from optmem.engine.sampling import _plain, packed, pick, unpacked
 from optmem.engine.scheduler import Work
 from optmem.errors import InputError
 from optmem.model.cache import Batch, Cache
 from optmem.model.decoder import Decoder
 
+log = logging.getLogger(__name__)
 NOWHERE = -1  # a slot
 IDS, POSITIONS, SLOTS, LENGTHS, PROMPTS = range(5)  # rows of what a pass is told about every text
 
@@ -90,22 +92,31 @@ class GraphRunner(Runner):
         """
         super().__init__(decoder, cache, temperature=temperature)
         self.lane, self.texts = lane, texts
+        self.is_recording = True
         self.passes = Recordings(lane, "decode")
         self._inputs = Inputs(lane, cache, texts, decoder.config.max_positions)
         self._heard = lane.staging((3 * texts,), torch.float64)
-        self._settings = [setting.to(lane.device) for setting in plain_arguments(texts)]
+        self._settings = [setting.to(lane.device) for setting in _plain(texts)]
         self._logits: Tensor | None = None  # fp32 [texts, vocab], where guards or sampling look at them
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> Said:
         """As a runner's."""
-        if not works or len(works) > self.texts or not all(_is_single(work) for work in works):
-            return super().run(works)
+        is_recorded = self.is_recording and 0 < len(works) <= self.texts and all(map(_is_single, works))
+        return self._replayed(works) if is_recorded else self._plainly(works)
+
+    def _plainly(self, works: Sequence[Work]) -> Said:
+        for work in works:
+            if work.vectors is not None:
+                self.lane.use(work.vectors)  # made where pictures are encoded
+        return super().run(works)
+
+    def _replayed(self, works: Sequence[Work]) -> Said:
         self._check_ids([work.ids[0] for work in works])
         self.cache.append([work.written for work in works], [1] * len(works))
         if not self.passes.is_known(("picks", self.texts)):
             self._record_largest(works)
-        size, picks = text_bucket(len(works), self.texts), picks_of(works)
+        size, picks = text_bucket(len(works), self.texts), _picks(works)
         self._inputs.fill(works, size)
         if picks:
             logits = self.passes.run(("logits", size), lambda: self._said(size))
@@ -125,8 +136,13 @@ class GraphRunner(Runner):
     def _record_largest(self, works: Sequence[Work]) -> None:
         """Before any other: smaller ones find their memory in what it leaves.  Ever larger ones would each ask for more."""
         self._inputs.fill(works, self.texts)
-        for _ in range(2):  # called, then recorded; what it writes to the cache is what the pass is about to write
-            self.passes.run(("picks", self.texts), lambda: self._picked(self.texts))
+        try:
+            for _ in range(2):  # called, then recorded; what it writes to the cache is what the pass is about to write
+                self.passes.run(("picks", self.texts), lambda: self._picked(self.texts))
+        except torch.OutOfMemoryError:  # which fails this pass; it is tried again, and is then no larger than it must be
+            self.is_recording = False
+            log.warning("decode: nothing is recorded, for there is no room for a pass of %d texts", self.texts)
+            raise
 
     def _hidden(self, size: int) -> Tensor:
         """[size, hidden]."""
@@ -156,12 +172,6 @@ class GraphRunner(Runner):
     def working(self) -> AbstractContextManager[None]:
         """On the lane."""
         return self.lane.working()
-
-    def _embeddings(self, works: Sequence[Work]) -> Tensor:
-        for work in works:
-            if work.vectors is not None:
-                self.lane.use(work.vectors)  # made where pictures are encoded
-        return super()._embeddings(works)
 
 
 def _is_single(work: Work) -> bool:

@@ -34,7 +34,7 @@ class Runner:
             return Said([], [], [])
         if len(asked) < hidden.shape[0]:
             hidden = hidden[torch.tensor(asked, device=hidden.device)]
-        return pick(self.decoder.logits(hidden), picks_of(works), confidence_temperature=self.temperature)
+        return pick(self.decoder.logits(hidden), _picks(works), confidence_temperature=self.temperature)
 
     def working(self) -> AbstractContextManager[None]:
         """Where a thread stays that only runs passes."""
@@ -66,7 +66,7 @@ def _asked(works: Sequence[Work]) -> Sequence[int]:
     return asked
 
 
-def picks_of(works: Sequence[Work]) -> list[Pick]:
+def _picks(works: Sequence[Work]) -> list[Pick]:
     """How every token is picked; nothing where all are the likeliest."""
     asking = [(work.speech, work) for work in works if work.speech is not None and work.asked]
     if all(speech.sampling.is_plain for speech, _ in asking):

@@ -109,7 +109,7 @@ def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float
 
     A row that holds NaN gives id -1.
     """
-    arguments = _arguments(picks, logits.shape[0]) if picks else plain_arguments(logits.shape[0])
+    arguments = _arguments(picks, logits.shape[0]) if picks else _plain(logits.shape[0])
     most_guard = max((each.sampling.guard.size for each in picks if each.sampling.guard), default=0)
     is_sampled = any(each.sampling.temperature > 0 for each in picks)
     placed = [to_device(argument, logits.device) for argument in arguments]
@@ -132,7 +132,7 @@ def unpacked(picked: Tensor) -> Said:
     return Said(ids.long().tolist(), logprobs.tolist(), confidence.tolist())
 
 
-def plain_arguments(rows: int) -> list[Tensor]:
+def _plain(rows: int) -> list[Tensor]:
     """What pick_token wants to know of rows that ask for nothing."""
     nothing, zeros = torch.empty((rows, 0), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     numbers = torch.zeros(rows)
