@@ -158,9 +158,9 @@ class Once(PlainLane):
 def test_a_function_is_called_then_recorded_then_replayed():
     calls = []
     passes = Recordings(PlainLane(), "decode")
-    for number in range(5):
-        passes.run("one", lambda number=number: calls.append(number) or torch.tensor(number))
+    found = [passes.run("one", lambda number=number: calls.append(number) or torch.tensor(len(calls))) for number in range(5)]
     assert calls == [0, 1, 1, 1, 1]  # the second is recorded, and called again from then on
+    assert [each.tolist() for each in found] == [1, 5, 5, 5, 5]  # all but the first lie where the last was put
     assert passes.plain == []
 
 

@@ -1,6 +1,6 @@
 """How work gets to a device and back: staging memory, a stream, and functions that are recorded once and replayed.
 
-PlainLane   calls a function again and again, over the same memory: what a CPU does, and what tests compare with
+PlainLane   calls a function again and again, over the same memory: for tests, on any device
 CudaLane    records it as a CUDA graph, and has a stream of its own; copies from pinned memory wait for nobody
 
 Two lanes serve an engine, and neither waits for the other: `decode` is the loop's, `encode` that of pictures and of the prompts
@@ -72,8 +72,16 @@ class PlainLane:
         return tensor
 
     def record(self, act: Act) -> Act:
-        """Itself."""
-        return act
+        """Calls it, and puts what it gives where its first result is, as a graph does: who keeps that has it overwritten."""
+        kept: list[Tensor] = []
+
+        def replay() -> Tensor:
+            result = act()
+            if not kept:
+                kept.append(result.clone())
+            return kept[0].copy_(result)
+
+        return replay
 
     def working(self, *, follows: bool = False) -> AbstractContextManager[None]:  # noqa: ARG002 - there is one way
         """As ever."""
