@@ -44,6 +44,13 @@ def test_views_come_back_in_order_whatever_was_there_before(count):
     assert {shape[0] for shape in noting.shapes} == {size for size, _ in view_buckets(count, PIXELS_AT_ONCE // 128**2)}
 
 
+def test_one_pass_after_another_of_the_same_size_in_one_call():
+    pictures = [picture(at, 2048) for at in range(9)]  # 4 at once
+    recorded = ViewEncoder(Noting(), PlainLane())
+    for _ in range(3):
+        assert [each.tolist() for each in recorded.encode(pictures)] == [each.tolist() for each in encode_views(Noting(), pictures)]
+
+
 def test_views_of_several_sizes_and_channels():
     pictures = [picture(1, 300, TILED), picture(2, 64), picture(3, 192, channels=(3,)), picture(4, 300, TILED), picture(5, 192)]
     found, wanted = ViewEncoder(Noting(), PlainLane()).encode(pictures), encode_views(Noting(), pictures)
