@@ -152,7 +152,10 @@ class Once(PlainLane):
     """A lane that records nothing."""
 
     def record(self, _):
-        raise RuntimeError("operation not permitted when stream is capturing\nand a trace of C++")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand a trace of C++")
+        finally:
+            raise RuntimeError("the recording was broken off")
 
 
 def test_a_function_is_called_then_recorded_then_replayed():

@@ -198,6 +198,7 @@ class Recordings:
             return self.lane.record(act)
         except Exception as error:
             self.plain.append(name)
-            why = str(error).partition("\n")[0] or type(error).__name__
+            first = error.__context__ or error  # torch ends the recording that was broken off, and that fails too
+            why = str(first).partition("\n")[0] or type(first).__name__
             log.warning("%s: a pass of %s cannot be recorded and is called as it is from now on: %s", self.what, name, why)
             return act
