@@ -1,4 +1,4 @@
-"""The engine around the model: what share of the time of reading is spent outside the model's operators.
+"""The engine around the model.  On a CPU: what share of the time of reading is spent outside the model's operators.
 
     plain          token by token, up to 128 rows in a pass
     draft          what a glance proposes is verified: few passes, each of up to 1,024 tokens
@@ -7,17 +7,25 @@
 Steps of the engine's loop are timed while users' calls run (`Engine.decode`), and in them the model's operators: the decoder's
 embedding (1 % of a step), its forward pass, its logits, and `pick_token`.  The bar is 5 % of a step of many rows.
 
-    OPTMEM_PAGES=4     pages instead of 16
+On a GPU: the public model at its full size, as engine_on_gpu.py has it.  `python bench/bench_engine.py` prints steps, encoding,
+pages per second and gaps, each beside its floor, and keeps figures and a chrome trace in bench/results/.  The bar is 50 pages/s.
+
+    OPTMEM_PAGES=4     pages instead of 16, or instead of 4,096 on a GPU
 """
 
+import json
 import os
+import sys
 import threading
 import time
 from statistics import median
 
 import pytest
+import torch
+from gpu_timing import RESULTS, measure_ceilings, provenance
 
 from optmem import Engine, ops, paginate
+from optmem.engine.lanes import lanes_for
 from optmem.engine.loop import Loop
 
 PAGES = int(os.environ.get("OPTMEM_PAGES", "16"))
@@ -88,3 +96,32 @@ def bench_overhead(benchmark, monkeypatch, reading, way):
     benchmark.pedantic(read, rounds=ROUNDS)
     benchmark.extra_info |= {"outside the operators": round(median(shares), 4), "passes": clock.passes, "pages": len(tokens)}
     print(f"\n{way}: {median(shares):.1%} of the time outside the operators, {clock.passes} passes")
+
+
+def main():
+    """All of it on a GPU; exit status 2 without one."""
+    if not torch.cuda.is_available():
+        print("bench_engine: no GPU here; `pytest bench/bench_engine.py --benchmark-enable` measures the CPU", file=sys.stderr)
+        return 2
+    from engine_on_gpu import Setup, described, full_size, measure
+    from floors import Device
+
+    device = torch.device("cuda")
+    with torch.inference_mode():
+        ceilings = measure_ceilings(device)
+        measured = Device(ceilings.bytes_per_s, ceilings.flops_per_s[torch.bfloat16])
+        setup = Setup(pages=int(os.environ.get("OPTMEM_PAGES", "4096")), device=measured)
+        facts = provenance(ceilings) | {"part": "engine"}
+        name = facts["device"].replace(" ", "-").lower()
+        RESULTS.mkdir(exist_ok=True)
+        with full_size(device) as engine:
+            found, idle = measure(engine, lanes_for(device), setup, RESULTS / f"engine-timeline-{name}.json.gz")
+    facts |= found
+    (RESULTS / f"engine-{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(described(facts, idle))
+    print(json.dumps(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,6 +17,8 @@ from optmem.machine import cpu_multiplies_bf16
 from optmem.native import NativeModule, native
 from optmem.ops import registry
 
+# Of these the reference looks at its arguments on the host, and what waits for the host cannot be recorded.
+WAITING = ("expert_mlp", "paged_attention", "rope_cache", "route")
 PACKAGES = ("torch", "triton", "numpy", "pillow", "markdown-it-py", "pypdfium2", "flash-attn")
 
 
@@ -47,6 +49,16 @@ def _module(native_module: NativeModule) -> dict[str, Any]:
     return row
 
 
+def _graphs(rows: Sequence[ops.Implementation]) -> dict[str, str]:
+    """Whether a GPU's passes are recorded as CUDA graphs; the engine's log names those that were tried and could not be."""
+    waiting = [row.operator for row in rows if row.device == "cuda" and row.operator in WAITING and row.name == "reference"]
+    if not torch.cuda.is_available():
+        return {"served_by": "plain calls", "reason": "no GPU"}
+    if waiting:
+        return {"served_by": "graphs of the encoder", "reason": f"no kernel yet for {', '.join(waiting)}, which decoding needs"}
+    return {"served_by": "graphs", "reason": "a pass is recorded when its size comes for the second time"}
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warning that Triton is missing: the rows of the operators say so, and without a GPU it is no matter."""
@@ -72,6 +84,7 @@ def report(*, all_devices: bool = False) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "native": [_module(native("_cpu")), _module(native("_cuda"))],
+        "graphs": _graphs(rows),
         "operators": [
             {"operator": row.operator, "device": row.device, "implementation": row.name, "reason": row.reason}
             for row in rows
@@ -88,6 +101,7 @@ def describe(facts: dict[str, Any]) -> str:
     for row in (*facts["devices"], *facts["native"]):
         (_, name), *rest = row.items()
         lines.append(f"  {name:16} " + ", ".join(f"{key} {value}" for key, value in rest))
+    lines.append(f"  {'passes':16} {facts['graphs']['served_by']}: {facts['graphs']['reason']}")
     lines += ["", f"  {'operator':16} {'device':7} {'served by':10} why"]
     lines += [f"  {row['operator']:16} {row['device']:7} {row['implementation']:10} {row['reason']}" for row in facts["operators"]]
     return "\n".join(lines)

@@ -43,3 +43,10 @@ def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device 
     with suppress(OSError):  # a kernel without them has said no, and loses only speed
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(tuple(shape))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting for what a GPU is doing: torch keeps the pinned copy until it is read."""
+    if device.type != "cuda" or tensor.numel() == 0:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from PIL import Image
 
 import optmem
@@ -74,6 +75,7 @@ def test_env_names_every_operator(run):
     assert code == 0
     assert {row["operator"] for row in facts["operators"]} >= {"draw_text", "resample", "patch_embed"}
     assert all(row["implementation"] and row["reason"] for row in facts["operators"])
+    assert facts["graphs"]["served_by"] == ("graphs" if torch.cuda.is_available() else "plain calls")
     assert {module["module"] for module in facts["native"]} == {"optmem._cpu", "optmem._cuda"}
     code, out, _ = run("env")
     assert code == 0

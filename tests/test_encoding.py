@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from optmem.engine.encoding import PICTURES_AT_ONCE, EncodeQueue
+from optmem.engine.lanes import PlainLane
+from optmem.engine.view_encoder import ViewEncoder
 from optmem.model.model import Model
 from optmem.pixels import make_views
 from optmem.testing import generator
@@ -14,9 +16,11 @@ from optmem.testing import generator
 SIDE = 128
 
 
-@pytest.fixture(scope="module")
-def model():
-    return Model.random("nano")
+@pytest.fixture(scope="module", params=["plain", "recorded"])
+def model(request):
+    """Who encodes: a model, or its encoder with recorded passes."""
+    made = Model.random("nano")
+    return made if request.param == "plain" else ViewEncoder(made.encoder, PlainLane())
 
 
 def views(number):

@@ -17,6 +17,7 @@ from PIL import Image
 import optmem
 from optmem import Engine, VisionTokens, document_text
 from optmem.engine.checkpoint import FIDELITY, Temperatures, find_checkpoint, fingerprint, read_temperatures
+from optmem.engine.lanes import Lanes, PlainLane
 from optmem.engine.modes import choose_mode
 from optmem.engine.reading import complete, saw
 from optmem.errors import BackendError, CheckpointError, InputError, OptmemError, OutputError, SourceNotFoundError
@@ -35,8 +36,8 @@ from .test_nano import TOKENIZER, pages, tiny_model
 EOL_ID, END_ID = TOKENIZER.special(EOL), TOKENIZER.special(END)
 
 
-@pytest.fixture(scope="module")
-def engine():
+@pytest.fixture(scope="module", params=[None, Lanes(PlainLane(), PlainLane())], ids=["plain", "recorded"])
+def engine(request):
     """A tiny nano that says something; on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -45,7 +46,7 @@ def engine():
         model.decoder.lm_head.weight.mul_(20)
         model.decoder.model.embed_tokens.weight.mul_(20)
         model.decoder.lm_head.weight[EOL_ID].mul_(2)
-    yield Engine(model)
+    yield Engine(model, lanes=request.param)
     torch.set_num_threads(threads)
 
 

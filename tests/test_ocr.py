@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from optmem.engine import Engine, VisionTokens
 from optmem.engine.draft import Lookup
+from optmem.engine.lanes import Lanes, PlainLane
 from optmem.engine.modes import next_mode
 from optmem.engine.sampling import chances
 from optmem.engine.texts import EVERY, LOOKED, REPEATED, TIMES, Listener, turns_in_a_circle
@@ -42,19 +43,27 @@ def make(family, *, tokenizer=TOKENIZER, **settings):
     return Engine(Model(config, weights, tokenizer), **settings)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+RECORDED = Lanes(PlainLane(), PlainLane())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(family, lanes) for lanes in (None, RECORDED) for family in FAMILIES],
+    ids=[family + way for way in ("", " recorded") for family in FAMILIES],
+)
 def engine(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = make(request.param)
+    family, lanes = request.param
+    made = make(family, lanes=lanes)
     yield made
     made.close()
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def v1():
-    made = make("deepseek-ocr")
+@pytest.fixture(scope="module", params=[None, RECORDED], ids=["plain", "recorded"])
+def v1(request):
+    made = make("deepseek-ocr", lanes=request.param)
     yield made
     made.close()
 
@@ -151,9 +160,9 @@ def test_a_text_layer_saves_passes_and_changes_nothing(v1):
     plain = list(v1.ocr(shown, "tiny", max_tokens=60))
     printed = [printed_page(picture, done.text) for picture, done in zip(shown, plain, strict=True)]
     loop, steps = v1._started(), []
-    for given, draft in ((shown, None), (printed, "text")):
+    for several, draft in ((shown, None), (printed, "text")):
         before = loop.steps  # of pages one after the other: together they take as many as their overlap has it
-        assert [done for picture in given for done in v1.ocr([picture], "tiny", max_tokens=60, draft=draft)] == plain
+        assert [done for picture in several for done in v1.ocr([picture], "tiny", max_tokens=60, draft=draft)] == plain
         steps.append(loop.steps - before)
     assert steps[1] < steps[0]
     for text in ("", "what does not stand there " * 9, "<image> what " * 9_000):

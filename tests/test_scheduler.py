@@ -1,4 +1,7 @@
-"""Many texts over one cache: each says what it says alone, memory is never lost, and whoever fails fails alone."""
+"""Many texts over one cache: each says what it says alone, memory is never lost, and whoever fails fails alone.
+
+All of it with the plain runner, and with the one that records its passes, on a lane that calls them again.
+"""
 
 import random
 import threading
@@ -11,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from optmem.engine.graphs import GraphRunner
+from optmem.engine.lanes import PlainLane
 from optmem.engine.loop import Loop
 from optmem.engine.requests import Request, TextRequest
 from optmem.engine.runner import Runner
@@ -28,13 +33,19 @@ VOCAB = 704
 STOP = 3
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.fixture(
+    scope="module",
+    params=[(torch.float32, "plain"), (torch.bfloat16, "plain"), (torch.float32, "recorded"), (torch.bfloat16, "recorded")],
+    ids=["fp32", "bf16", "fp32 recorded", "bf16 recorded"],
+)
 def decoder(request):
-    """One that says many different things, and ends now and then; on one thread."""
+    """One that says many different things, and ends now and then; on one thread, and by the runner of all engines of a test."""
+    dtype, RUNNERS[None] = request.param[0], RUNNERS[request.param[1]]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield talkative().to(request.param)
+    yield talkative().to(dtype)
     torch.set_num_threads(threads)
+    RUNNERS[None] = RUNNERS["plain"]
 
 
 def talkative():
@@ -50,22 +61,44 @@ def vectors(decoder, count, name):
     return torch.randn(count, decoder.config.hidden, generator=generator(name)).to(decoder.dtype)
 
 
-def engine(decoder, pages=64, *, runner=Runner, **limits):
+def engine(decoder, pages=64, *, marked=None, runner=None, **limits):
+    """A loop by hand.
+
+    marked   texts whose passes fail
+    """
     cache = Cache(decoder.config, pages, dtype=decoder.dtype)
     cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)
     scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions, Limits(**limits))
-    return Loop(scheduler, runner(decoder, cache))
+    made = RUNNERS[runner](decoder, cache, scheduler.limits)
+    if marked is not None:
+        fail_with(made, marked)
+    return Loop(scheduler, made)
 
 
-class Fault(Runner):
-    """Raises where it is given one of the texts that are marked."""
+def recorded(decoder, cache, limits):
+    """One whose memory holds absurd numbers where nothing was written."""
+    made = GraphRunner(decoder, cache, PlainLane(), texts=limits.texts)
+    inputs = made._inputs
+    inputs._numbers.fill(10**15), inputs._table.fill(10**8), inputs.numbers.fill_(-(10**15)), inputs.table.fill_(-(10**8))
+    made._heard.fill_(torch.nan)
+    return made
 
-    marked = ()
 
-    def run(self, works):
-        if any(work.speech in self.marked for work in works):
+RUNNERS = {"plain": lambda decoder, cache, _: Runner(decoder, cache), "recorded": recorded}
+RUNNERS[None] = RUNNERS["plain"]
+
+
+def fail_with(runner, marked):
+    """From now on it raises where it is given one of these texts: after there is room for all, as a device would."""
+    run = runner.run
+
+    def fails(works):
+        said = run(works)
+        if any(work.speech in marked for work in works):
             raise RuntimeError("device fault at 0xdeadbeef")
-        return super().run(works)
+        return said
+
+    runner.run = fails
 
 
 def alone(decoder, speech):
@@ -242,8 +275,7 @@ def test_who_fails_fails_alone(decoder):
     plain = texts(decoder, 12, seed=5)
     run(engine(decoder), plain)
     speeches = texts(decoder, 12, seed=5)
-    loop = engine(decoder, runner=Fault)
-    loop.runner.marked = (speeches[3], speeches[7])
+    loop = engine(decoder, marked=(speeches[3], speeches[7]))
     requests = run(loop, speeches)
     for at, request in enumerate(requests):
         if at in (3, 7):
@@ -399,11 +431,12 @@ class Traffic(RuleBasedStateMachine):
 
     requests = Bundle("requests")
     decoder = talkative()
+    runner = "plain"
 
     def __init__(self):
         super().__init__()
-        self.loop = engine(self.decoder, 12, runner=Fault, texts=5, tokens=24)
-        self.loop.runner.marked = set()
+        self.marked = set()
+        self.loop = engine(self.decoder, 12, runner=self.runner, marked=self.marked, texts=5, tokens=24)
         self.prefixes = [Prefix(vectors(self.decoder, length, f"{length}")) for length in (0, 4, 16, 35)]
 
     @rule(target=requests, data=st.data(), count=st.integers(1, 4))
@@ -425,7 +458,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(request=consumes(requests))
     def fail(self, request):
-        self.loop.runner.marked.add(request.speech)
+        self.marked.add(request.speech)
 
     @rule(count=st.integers(1, 6))
     def step(self, count):
@@ -443,7 +476,14 @@ class Traffic(RuleBasedStateMachine):
         assert not self.loop._of
 
 
-Traffic.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestTraffic = Traffic.TestCase
+class RecordedTraffic(Traffic):
+    """The same with recorded passes."""
+
+    runner = "recorded"
+
+
+for machine in (Traffic, RecordedTraffic):
+    machine.TestCase.settings = settings(
+        max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+TestTraffic, TestRecordedTraffic = Traffic.TestCase, RecordedTraffic.TestCase

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self, Unpack
@@ -27,7 +27,9 @@ from optmem.engine.checkpoint import (
 )
 from optmem.engine.draft import Draft, Lookup
 from optmem.engine.encoding import EncodeQueue
-from optmem.engine.kv import make_cache
+from optmem.engine.graphs import GraphRunner
+from optmem.engine.kv import gpu_cache_bytes, gpu_limits, make_cache
+from optmem.engine.lanes import Lanes, lanes_for
 from optmem.engine.loop import CLOSED, Loop
 from optmem.engine.modes import choose_mode
 from optmem.engine.options import Asked, DraftName, Options, check_names, options
@@ -39,7 +41,8 @@ from optmem.engine.runner import Runner
 from optmem.engine.sampling import told
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.search import LEAST, Found, Words, found_in
-from optmem.engine.texts import Prompter
+from optmem.engine.texts import Prompter, PromptRequest
+from optmem.engine.view_encoder import ViewEncoder
 from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import BackendError, CheckpointError, InputError, OptmemError
 from optmem.images import Pixels, is_whole, name_of, take_image
@@ -63,17 +66,21 @@ class Engine:
         *,
         cache_bytes: int | None = None,
         limits: Limits | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         """
         model          its weights are shared, not copied
         temperatures   of its calibration, where it has one
         cache_bytes    for keys and values; None is 2 GiB on a CPU, and most of what is free on a GPU
-        limits         of one pass
+        limits         of one pass; None is what suits a CPU, or a GPU with its memory
+        lanes          on which passes are recorded and replayed; None is CUDA graphs on a GPU, and on a CPU nothing is recorded
         """
         self.model = model
         self.temperatures = temperatures
         self.cache_bytes, self.limits = cache_bytes, limits
-        self._encoding = EncodeQueue(model.encode)
+        self._lanes = lanes_for(self.device) if lanes is None else lanes
+        encode = model.encode if self._lanes is None else ViewEncoder(model.encoder, self._lanes.encode).encode
+        self._encoding = EncodeQueue(encode)
         self._is_closed = False
         self._loop: Loop | None = None
         self._lock = threading.Lock()
@@ -175,7 +182,7 @@ class Engine:
         Raises InputError for tokens of another encoder, what cannot be asked, and what this model does not have.
         """
         wanted = self._options(asked)
-        requests = (request for pages in self._groups(tokens) for request in self._reader.requests(pages, wanted))
+        requests = (request for pages in self._groups(tokens) for request in self._requests(pages, wanted))
         return [request.completion() for request in self._done(requests)]
 
     def stream(self, tokens: VisionTokens | Sequence[VisionTokens], **asked: Unpack[Asked]) -> Iterator[str]:
@@ -189,7 +196,7 @@ class Engine:
         wanted = self._options(asked, one="a stream")
         (pages,) = self._groups([tokens])
         parts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        (request,) = self._reader.requests(pages, wanted, tell=parts.put)
+        (request,) = self._requests(pages, wanted, parts.put)
         request.on_done = lambda: parts.put(None)
         return self._told(request, parts)
 
@@ -287,6 +294,17 @@ class Engine:
         """Who makes requests of pages: by rows for nano, by prompts for the public models."""
         return RowsReader(self.model) if self.model.config.family == "nano" else Prompter(self.model)
 
+    def _requests(
+        self, pages: Sequence[VisionTokens], wanted: Options, tell: Callable[[str], None] | None = None
+    ) -> Sequence[PageRequest | PromptRequest]:
+        """What is to be read of pages.  Their prompts are made beside what is being read."""
+        with self._beside():
+            return self._reader.requests(pages, wanted, tell=tell)
+
+    def _beside(self, *, follows: bool = False) -> AbstractContextManager[None]:
+        """Where a GPU does what it does for pages that are not read yet."""
+        return nullcontext() if self._lanes is None else self._lanes.encode.working(follows=follows)
+
     def _options(self, asked: Asked, *, one: str = "") -> Options:
         self._check_open()
         check_names(asked)
@@ -321,14 +339,25 @@ class Engine:
         with self._lock:
             self._check_open()
             if self._loop is None or not self._loop.is_usable:
-                decoder = self.model.decoder
-                cache = make_cache(decoder, self.cache_bytes)
-                scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions, self.limits)
-                temperature = (self.temperatures or Temperatures()).decoder
-                self._loop = Loop(scheduler, Runner(decoder, cache, temperature=temperature))
+                self._loop = self._new_loop()
                 weakref.finalize(self, self._loop.stop)
                 self._loop.start()
             return self._loop
+
+    def _new_loop(self) -> Loop:
+        decoder, lanes, limits, cache_bytes = self.model.decoder, self._lanes, self.limits or Limits(), self.cache_bytes
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            limits = self.limits or gpu_limits(free, self.model.config, decoder.dtype.itemsize)
+            if cache_bytes is None:
+                cache_bytes = gpu_cache_bytes(free, self.model.config, limits, decoder.dtype)
+        cache = make_cache(decoder, cache_bytes)
+        scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions, limits)
+        temperature = (self.temperatures or Temperatures()).decoder
+        if lanes is None:
+            return Loop(scheduler, Runner(decoder, cache, temperature=temperature))
+        with lanes.decode.working():
+            return Loop(scheduler, GraphRunner(decoder, cache, lanes.decode, texts=limits.texts, temperature=temperature))
 
     def close(self) -> None:
         """Ends the engine: what is being read is given up, and nothing more is encoded or read."""
@@ -364,7 +393,8 @@ class Engine:
         if not isinstance(page, VisionTokens):
             raise InputError(f"decode and glance take VisionTokens, as encode makes them, got {type(page).__name__}")
         page.check_fits(self.model.config.decoder.hidden, self.encoder_fingerprint)
-        return replace(page, features=page.features.to(self.device, self.model.decoder.dtype))
+        with self._beside(follows=True):
+            return replace(page, features=page.features.to(self.device, self.model.decoder.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +414,7 @@ class _Reads:
         wanted = self.wanted
         if wanted.draft == "text":
             wanted = replace(wanted, draft=self._draft_of(text))
-        (request,) = self.engine._reader.requests([page], wanted)
+        (request,) = self.engine._requests([page], wanted)
         self.engine._started().submit(request)
         return request
 

@@ -100,7 +100,7 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.runner.working():
                 while self._wait():
                     self.step()
         except BaseException as error:  # a fault of ours: nobody may wait for ever

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,10 @@ class Runner:
         if len(asked) < hidden.shape[0]:
             hidden = hidden[torch.tensor(asked, device=hidden.device)]
         return pick(self.decoder.logits(hidden), _picks(speaking), confidence_temperature=self.temperature)
+
+    def working(self) -> AbstractContextManager[None]:
+        """Where a thread stays that only runs passes."""
+        return nullcontext()
 
     def _embeddings(self, ids: Sequence[int], placed: Sequence[tuple[int, Tensor]]) -> Tensor:
         """[T, hidden]: words from the table in one call, vectors of prompts in their places."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from optmem import ops
 from optmem.engine.draft import Said
 from optmem.errors import InputError
+from optmem.machine import to_device
 from optmem.text.ngram import NgramGuard
 
 HOTTEST = 100.0
@@ -112,11 +113,24 @@ def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float
     arguments = _arguments(picks, logits.shape[0]) if picks else _plain(logits.shape[0])
     most_guard = max((each.sampling.guard.size for each in picks if each.sampling.guard), default=0)
     is_sampled = any(each.sampling.temperature > 0 for each in picks)
-    placed = [argument.to(logits.device) for argument in arguments]
+    placed = [to_device(argument, logits.device) for argument in arguments]
     ids, logprobs, confidence = ops.pick_token(
         logits, *placed, most_guard=most_guard, is_sampled=is_sampled, confidence_temperature=confidence_temperature
     )
-    return Said(ids.tolist(), logprobs.tolist(), confidence.tolist())
+    if logits.device.type == "cpu":
+        return Said(ids.tolist(), logprobs.tolist(), confidence.tolist())
+    return unpacked(packed(ids, logprobs, confidence).cpu())
+
+
+def packed(ids: Tensor, logprobs: Tensor, confidence: Tensor) -> Tensor:
+    """One tensor for one copy to the host: fp64 [3, N], which holds all of them exactly."""
+    return torch.stack([ids.double(), logprobs.double(), confidence.double()])
+
+
+def unpacked(picked: Tensor) -> Said:
+    """What `packed` made, on the host."""
+    ids, logprobs, confidence = picked
+    return Said(ids.long().tolist(), logprobs.tolist(), confidence.tolist())
 
 
 @lru_cache(maxsize=16)

@@ -8,19 +8,18 @@ What is stored of a picture is its features alone, [n, hidden]: every tile's, ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from optmem.errors import InputError
-from optmem.model.encoder import Encoder
 from optmem.pixels import NO_TILES, PIXELS_PER_TOKEN, Grid, Mode, Views
 
 PIXELS_AT_ONCE = 16 * 1024 * 1024  # of one pass: what the widest layer holds for them stays below a gigabyte
 
 
-def encode_views(encoder: Encoder, pictures: Sequence[Views]) -> list[Tensor]:
+def encode_views(encoder: Callable[[Tensor], Tensor], pictures: Sequence[Views]) -> list[Tensor]:
     """Features of every picture, [n, hidden] each.  Views of one size go through the encoder together, as many as fit a pass."""
     views = [view for picture in pictures for view in (*picture.tiles, picture.global_view)]
     batches: dict[torch.Size, list[int]] = {}

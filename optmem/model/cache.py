@@ -59,13 +59,18 @@ class Sequence:
     prompt: int = 0  # tokens, those still to come counted: known before the first is written, whatever the chunks
     length: int = 0  # tokens written
     pages: list[int] = field(default_factory=list)  # GONE where no later token sees the page
-    roomy_to: int = field(
-        default=0, init=False, repr=False
-    )  # up to this length nothing but the length changes: the last page is its own
+    roomy_to: int = field(default=0, init=False, repr=False)  # length up to which its last page has room and is its own, if known
+    _row: NDArray[np.int32] | None = field(default=None, init=False, repr=False)  # the pages as a table has them
 
     def __post_init__(self) -> None:
         if self.prompt < 0:
             raise InputError(f"a prompt has 0 tokens or more, got {self.prompt}")
+
+    def row(self) -> NDArray[np.int32]:
+        """The pages, as a table has them: another array whenever they have changed, which is once in page_size tokens."""
+        if self._row is None:
+            self._row = np.array(self.pages, dtype=np.int32)
+        return self._row
 
     def append(self, count: int) -> tuple[int, int]:
         """Makes room for the next tokens and says which they are, first and end.  Changes nothing where there is no room."""
@@ -94,7 +99,7 @@ class Sequence:
         unseen = self.unseen()
         self.cache.give_back(self.passed())
         self.pages[unseen.start : unseen.stop] = [GONE] * len(unseen)
-        self.roomy_to = 0
+        self.roomy_to, self._row = 0, None
 
     def extend(self, count: int) -> None:
         """What append does once there is room."""
@@ -104,10 +109,12 @@ class Sequence:
             self.pages += self.cache.take(1)
             self.cache.copy(shared, self.pages[-1])
             self.cache.give_back([shared])
+            self._row = None
         self.length += count
         missing = -(-self.length // size) - len(self.pages)
         if missing:
             self.pages += self.cache.take(missing)
+            self._row = None
         self.roomy_to = len(self.pages) * size
 
     def truncate(self, length: int) -> None:
@@ -127,7 +134,7 @@ class Sequence:
         if kept < len(self.pages):
             self.cache.give_back(self.pages[kept:])
             del self.pages[kept:]
-            self.roomy_to = 0
+            self.roomy_to, self._row = 0, None
 
     def fork(self, prompt: int | None = None) -> Sequence:
         """A sequence that begins with this one's tokens and goes its own way; its prompt may be longer than this one's."""
@@ -370,6 +377,8 @@ class Cache:
         roomy = [sequence for sequence in sequences if sequence.roomy_to]
         assert all(sequence.roomy_to == len(sequence.pages) * self.page_size for sequence in roomy), "room is misjudged"
         assert all(self.users[sequence.pages[-1]] == 1 for sequence in roomy), "a sequence would write to a page of others"
+        rows = all(sequence.row().tolist() == sequence.pages for sequence in sequences)
+        assert rows, "a sequence's row is not of its pages"
 
 
 def _held(pages: Iterable[int]) -> list[int]:
