@@ -24,6 +24,58 @@ class GateCase(NamedTuple):
     tensor_cores: bool  # a dot of 16-bit operands: without HMMA or HGMMA it would run many times slower
 
 
+# --- attention over grids -------------------------------------------------------------------------------------------------------
+
+
+class GridTile(NamedTuple):
+    """The field names are the kernel's and the launch's own."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys of a grid row in one product
+    TAIL: int  # keys of the same row in a second product, or 0
+    num_warps: int
+    num_stages: int
+
+
+WIDEST_GRID = 96  # patches across; the families have up to 80.  The relative positions of a row are held in registers
+WIDEST_GRID_HEAD = 64
+
+
+def power_of_two(at_least: int) -> int:
+    """The least power of two that a product of tiles can have as a side and that is not below this."""
+    return max(16, 1 << (at_least - 1).bit_length())
+
+
+def row_blocks(width: int) -> tuple[int, int]:
+    """A row of keys as one tile or two, whichever has fewer columns: 64 and 16 for 80, where one tile would have 128."""
+    whole = power_of_two(width)
+    main = whole // 2
+    if main >= 16 and width > main and main + power_of_two(width - main) < whole:
+        return main, power_of_two(width - main)
+    return whole, 0
+
+
+def global_attention_tiles(width: int, itemsize: int) -> tuple[GridTile, ...]:
+    """All that global_attention_tile can return, the largest first: what the compile gate builds."""
+    main, tail = row_blocks(width)
+    if itemsize == 4:  # plain FMAs, which hold whole rows of both operands in registers
+        return (GridTile(16, main, tail, num_warps=8, num_stages=1),)
+    wide = GridTile(128, main, tail, num_warps=8, num_stages=2)
+    return (wide,) if tail else (wide, GridTile(64, main, 0, num_warps=4, num_stages=2))  # with a tail four warps spill
+
+
+def global_attention_tile(num_heads: int, height: int, width: int, itemsize: int) -> GridTile:
+    """The largest tile of which there is one for every multiprocessor: larger ones read keys and values less often.
+
+    num_heads   of all grids together
+    """
+    tiles = global_attention_tiles(width, itemsize)
+    for tile in tiles:
+        if cdiv(height * width, tile.BLOCK_M) * num_heads >= STREAMING_MULTIPROCESSORS:
+            return tile
+    return tiles[-1]
+
+
 # --- patch_embed --------------------------------------------------------------------------------------------------------------
 
 

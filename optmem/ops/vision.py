@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optmem import blockwise, reference
+from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD
 from optmem.native import native
 from optmem.ops.registry import (
     Implementation,
@@ -210,6 +211,14 @@ def _grid_attention_served(operator: str) -> Implementation:
     return Implementation(operator, "cpu", "torch", "blockwise.py, logits that stay in the cache")
 
 
+def _grid_attention_on_cuda(operator: str, what: str) -> Implementation:
+    """Triton for what its registers hold, and for anything else plain torch in blocks."""
+    if triton_module(operator) is None:
+        return Implementation(operator, "cuda", "torch", "blockwise.py: triton is not installed")
+    reason = f"kernels/{operator}.py: {what}, heads up to {WIDEST_GRID_HEAD}; else blockwise.py"
+    return Implementation(operator, "cuda", "triton", reason)
+
+
 @torch.library.impl(library, "global_attention", "CPU")
 def _global_attention_cpu(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     cpu = _grid_attention_for(qkv, rel_pos_h)
@@ -221,7 +230,12 @@ def _global_attention_cpu(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> 
 
 @torch.library.impl(library, "global_attention", "CUDA")
 def _global_attention_cuda(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
-    return reference.global_attention(qkv, rel_pos_h, rel_pos_w)
+    kernel = triton_module("global_attention")
+    if kernel is None or qkv.shape[2] > WIDEST_GRID or rel_pos_h.shape[1] > WIDEST_GRID_HEAD:
+        return blockwise.global_attention(qkv, rel_pos_h, rel_pos_w)
+    out: Tensor = _global_attention_fake(qkv, rel_pos_h, rel_pos_w)
+    kernel.global_attention(qkv, rel_pos_h, rel_pos_w, out)
+    return out
 
 
 @torch.library.register_fake("optmem::global_attention")
@@ -231,7 +245,7 @@ def _global_attention_fake(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) ->
 
 differentiate("global_attention", reference.global_attention)
 described.append(lambda: _grid_attention_served("global_attention"))
-described.append(lambda: Implementation("global_attention", "cuda", "reference", "no kernel yet"))
+described.append(lambda: _grid_attention_on_cuda("global_attention", f"grids up to {WIDEST_GRID} across"))
 
 
 # --- window_attention ---------------------------------------------------------------------------------------------------------
