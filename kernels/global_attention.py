@@ -68,12 +68,12 @@ def column_terms(b_q, rel_pos_w, o_x, o_n, W: tl.constexpr, D: tl.constexpr, BLO
 # The height changes with the page and moves no address's alignment; the width is in every step's tile.
 @triton.jit(do_not_specialize=["H"])
 def global_attention_kernel(
-    qkv,  # [B, H, W, C], C = 3 * heads * D
+    qkv,  # [B, H, W, 3 * WIDTH]
     rel_pos_h,  # [2 H - 1, D]
     rel_pos_w,  # [2 W - 1, D]
-    out,  # [B, H, W, heads * D]
+    out,  # [B, H, W, WIDTH]
     H,
-    C,
+    WIDTH,  # heads * D, whose divisibility the compiler knows: that of a third of 3 * WIDTH it would not, and loads would be narrow
     scale,  # of q . key: D ** -0.5
     W: tl.constexpr,
     D: tl.constexpr,
@@ -87,7 +87,8 @@ def global_attention_kernel(
     # Neighbouring programs share keys and values, which then come from the L2 cache.
     tokens = H * W
     tiles_m = tl.cdiv(tokens, BLOCK_M)
-    heads = C // (3 * D)
+    heads = WIDTH // D
+    C = 3 * WIDTH  # from one token to the next
     i_m = tl.program_id(0) % tiles_m
     i_head = (tl.program_id(0) // tiles_m) % heads
     i_grid = (tl.program_id(0) // tiles_m) // heads
@@ -112,8 +113,8 @@ def global_attention_kernel(
     m_s = m_d[:, None] & (i_y + o_s < H)[None, :]
     m_row = (o_m // W - i_y)[:, None] == o_s[None, :]
 
-    p_k = p_q + C // 3
-    p_v = p_q + C // 3 * 2
+    p_k = p_q + WIDTH
+    p_v = p_q + 2 * WIDTH
     b_top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -148,9 +149,9 @@ def global_attention_kernel(
             b_out = tl.dot(b_p.to(qkv.dtype.element_ty), b_vt, b_out, input_precision="ieee")
         b_top = b_new
 
-    p_out = out + i_grid.to(tl.int64) * tokens * (C // 3) + i_head * D
+    p_out = out + i_grid.to(tl.int64) * tokens * WIDTH + i_head * D
     b_out = b_out / b_sum[:, None]
-    tl.store(p_out + o_m.to(tl.int64)[:, None] * (C // 3) + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_q)
+    tl.store(p_out + o_m.to(tl.int64)[:, None] * WIDTH + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_q)
 
 
 def global_attention(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, out: Tensor) -> None:
@@ -186,7 +187,7 @@ def specialise(
         "BLOCK_S": power_of_two((tile.BLOCK_M - 2) // width + 2),
         **tile._asdict(),
     }
-    return (qkv, rel_pos_h, rel_pos_w, out, height, channels, head_dim**-0.5), options
+    return (qkv, rel_pos_h, rel_pos_w, out, height, channels // 3, head_dim**-0.5), options
 
 
 def gate_cases() -> Iterator[GateCase]:

@@ -60,8 +60,8 @@ def global_attention_tiles(width: int, itemsize: int) -> tuple[GridTile, ...]:
     main, tail = row_blocks(width)
     if itemsize == 4:  # plain FMAs, which hold whole rows of both operands in registers
         return (GridTile(16, main, tail, num_warps=8, num_stages=1),)
-    wide = GridTile(128, main, tail, num_warps=8, num_stages=2)
-    return (wide,) if tail else (wide, GridTile(64, main, 0, num_warps=4, num_stages=2))  # with a tail four warps spill
+    wide = GridTile(128, main, tail, num_warps=8, num_stages=3)
+    return (wide,) if tail else (wide, GridTile(64, main, 0, num_warps=4, num_stages=3))  # with a tail four warps spill
 
 
 def global_attention_tile(num_heads: int, height: int, width: int, itemsize: int) -> GridTile:
