@@ -76,6 +76,31 @@ def global_attention_tile(num_heads: int, height: int, width: int, itemsize: int
     return tiles[-1]
 
 
+class WindowTile(NamedTuple):
+    """The field names are the kernel's and the launch's own."""
+
+    BLOCK_M: int  # queries of one window
+    BLOCK_N: int  # keys of a step
+    FULL: int  # steps of BLOCK_N keys, all of them the window's
+    TAIL: int  # keys of the last step, some of them beyond the window; or 0
+    num_warps: int
+    num_stages: int
+
+
+WIDEST_WINDOW = 32
+
+
+def window_attention_tile(side: int, itemsize: int) -> WindowTile:
+    """All keys in steps of 64 and what is left over: 3 x 64 + 16 for the 196 of a window of 14."""
+    keys = side * side
+    block = 32 if itemsize == 4 else 64
+    full, rest = divmod(keys, block)
+    tail = power_of_two(rest) if rest else 0
+    if itemsize == 4:
+        return WindowTile(16, block, full, tail, num_warps=8, num_stages=1)
+    return WindowTile(128 if keys > 64 else 64, block, full, tail, num_warps=8 if keys > 64 else 4, num_stages=2)
+
+
 # --- patch_embed --------------------------------------------------------------------------------------------------------------
 
 

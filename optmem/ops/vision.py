@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optmem import blockwise, reference
-from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD
+from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD, WIDEST_WINDOW
 from optmem.native import native
 from optmem.ops.registry import (
     Implementation,
@@ -287,7 +287,12 @@ def _window_attention_cpu(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_
 
 @torch.library.impl(library, "window_attention", "CUDA")
 def _window_attention_cuda(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
-    return reference.window_attention(qkv, bias, rel_pos_h, rel_pos_w)
+    kernel = triton_module("window_attention")
+    if kernel is None or rel_pos_h.shape[0] > 2 * WIDEST_WINDOW - 1 or rel_pos_h.shape[1] > WIDEST_GRID_HEAD:
+        return blockwise.window_attention(qkv, bias, rel_pos_h, rel_pos_w)
+    out: Tensor = _window_attention_fake(qkv, bias, rel_pos_h, rel_pos_w)
+    kernel.window_attention(qkv, bias, rel_pos_h, rel_pos_w, out)
+    return out
 
 
 @torch.library.register_fake("optmem::window_attention")
@@ -297,7 +302,7 @@ def _window_attention_fake(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos
 
 differentiate("window_attention", reference.window_attention)
 described.append(lambda: _grid_attention_served("window_attention"))
-described.append(lambda: Implementation("window_attention", "cuda", "reference", "no kernel yet"))
+described.append(lambda: _grid_attention_on_cuda("window_attention", f"windows up to {WIDEST_WINDOW} across"))
 
 
 # --- compress -----------------------------------------------------------------------------------------------------------------
