@@ -101,6 +101,37 @@ def window_attention_tile(side: int, itemsize: int) -> WindowTile:
     return WindowTile(128 if keys > 64 else 64, block, full, tail, num_warps=8 if keys > 64 else 4, num_stages=2)
 
 
+# --- attention ----------------------------------------------------------------------------------------------------------------
+
+
+class AttentionTile(NamedTuple):
+    """The field names are the kernel's and the launch's own."""
+
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys of a step
+    num_warps: int
+    num_stages: int
+
+
+WIDEST_HEAD = 128
+ATTENTION_WIDE = AttentionTile(128, 64, num_warps=8, num_stages=3)
+ATTENTION_NARROW = AttentionTile(64, 64, num_warps=4, num_stages=2)
+ATTENTION_FP32 = AttentionTile(16, 32, num_warps=8, num_stages=1)  # plain FMAs, which hold whole rows of operands in registers
+
+
+def attention_tiles(head_dim: int, itemsize: int) -> tuple[AttentionTile, ...]:
+    """All that attention_tile can return: what the compile gate builds."""
+    if itemsize == 4:
+        return (ATTENTION_FP32,)
+    return (ATTENTION_NARROW,) if head_dim > 64 else (ATTENTION_WIDE, ATTENTION_NARROW)
+
+
+def attention_tile(num_queries: int, head_dim: int, itemsize: int) -> AttentionTile:
+    """The tile with fewer rows beyond the last query, of equals the larger: 5 x 64 for the 257 of CLIP, where 3 x 128 are 384."""
+    tiles = attention_tiles(head_dim, itemsize)
+    return min(tiles, key=lambda tile: cdiv(num_queries, tile.BLOCK_M) * tile.BLOCK_M)
+
+
 # --- patch_embed --------------------------------------------------------------------------------------------------------------
 
 

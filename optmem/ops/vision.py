@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optmem import blockwise, reference
-from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD, WIDEST_WINDOW
+from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD, WIDEST_HEAD, WIDEST_WINDOW
 from optmem.native import native
 from optmem.ops.registry import (
     Implementation,
@@ -143,6 +143,31 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor
     return mixed.transpose(1, 2).contiguous()
 
 
+def _attention_kernel_for(head_dim: int) -> ModuleType | None:
+    """The kernel that serves attention on CUDA, or None for torch's own.  Here alone it is decided.
+
+    Where bench/bench_gpu_vision.py measures flash-attn or torch's kernel faster for a kind of call, this is the place to say so.
+    """
+    return triton_module("attention") if head_dim <= WIDEST_HEAD else None
+
+
+@torch.library.impl(library, "attention", "CUDA")
+def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    kernel = _attention_kernel_for(query.shape[3])
+    if kernel is None:
+        return _attention(query, key, value, prefix)
+    out: Tensor = _attention_fake(query, key, value, prefix)
+    kernel.attention(query, key, value, prefix, out)
+    return out
+
+
+def _attention_served() -> Implementation:
+    if _attention_kernel_for(1) is None:
+        return Implementation("attention", "cuda", "torch", "scaled_dot_product_attention: triton is not installed")
+    reason = f"kernels/attention.py: heads up to {WIDEST_HEAD}; else scaled_dot_product_attention"
+    return Implementation("attention", "cuda", "triton", reason)
+
+
 @torch.library.register_fake("optmem::attention")
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     return query.new_empty(query.shape)
@@ -150,7 +175,7 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> T
 
 differentiate("attention", reference.attention)
 described.append(lambda: Implementation("attention", "cpu", "torch", "scaled_dot_product_attention"))
-described.append(lambda: Implementation("attention", "cuda", "torch", "scaled_dot_product_attention"))
+described.append(_attention_served)
 
 
 # --- global_attention ---------------------------------------------------------------------------------------------------------
