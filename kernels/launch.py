@@ -132,6 +132,27 @@ def attention_tile(num_queries: int, head_dim: int, itemsize: int) -> AttentionT
     return min(tiles, key=lambda tile: cdiv(num_queries, tile.BLOCK_M) * tile.BLOCK_M)
 
 
+# --- layer_norm ---------------------------------------------------------------------------------------------------------------
+
+
+class RowTile(NamedTuple):
+    """The field names are the kernel's and the launch's own."""
+
+    ROWS: int
+    BLOCK_D: int  # the whole of a row
+    num_warps: int
+
+
+WIDEST_NORM = 4096
+
+
+def layer_norm_tile(width: int) -> RowTile:
+    """About sixteen numbers a thread, four warps at least: enough loads under way at once, and no spill."""
+    block = power_of_two(width)
+    rows = max(1, 2048 // block)
+    return RowTile(rows, block, num_warps=max(4, block // 512))
+
+
 # --- patch_embed --------------------------------------------------------------------------------------------------------------
 
 
