@@ -153,6 +153,43 @@ def layer_norm_tile(width: int) -> RowTile:
     return RowTile(rows, block, num_warps=max(4, block // 512))
 
 
+# --- compress -----------------------------------------------------------------------------------------------------------------
+
+
+class ConvolutionTile(NamedTuple):
+    """The field names are the kernel's and the launch's own."""
+
+    BLOCK_M: int  # pixels of the output
+    BLOCK_N: int  # channels of the output
+    BLOCK_K: int  # channels of one neighbour in one step
+    num_warps: int
+    num_stages: int
+
+
+CONVOLUTION_WIDE = ConvolutionTile(128, 128, 64, num_warps=8, num_stages=3)
+CONVOLUTION_NARROW = ConvolutionTile(64, 64, 64, num_warps=4, num_stages=3)
+CONVOLUTION_ODD = ConvolutionTile(64, 32, 16, num_warps=4, num_stages=2)  # for channels that allow no vector loads
+CONVOLUTION_FP32 = ConvolutionTile(64, 64, 32, num_warps=8, num_stages=2)
+
+
+def convolution_tiles(channels: int, width: int, itemsize: int) -> tuple[ConvolutionTile, ...]:
+    """All that convolution_tile can return, the largest first: what the compile gate builds."""
+    if itemsize == 4:
+        return (CONVOLUTION_FP32,)
+    if channels % 16 != 0 or width % 16 != 0:  # loads and stores of single values, whose addresses fill the registers
+        return (CONVOLUTION_ODD,)
+    return (CONVOLUTION_WIDE, CONVOLUTION_NARROW)
+
+
+def convolution_tile(num_pixels: int, width: int, channels: int, itemsize: int) -> ConvolutionTile:
+    """The largest tile of which there is one for every multiprocessor: larger ones read pixels and weight less often."""
+    tiles = convolution_tiles(channels, width, itemsize)
+    for tile in tiles:
+        if cdiv(num_pixels, tile.BLOCK_M) * cdiv(width, tile.BLOCK_N) >= STREAMING_MULTIPROCESSORS:
+            return tile
+    return tiles[-1]
+
+
 # --- patch_embed --------------------------------------------------------------------------------------------------------------
 
 
