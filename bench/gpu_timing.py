@@ -131,8 +131,13 @@ def measure(case: Case, ceilings: Ceilings) -> dict[str, Any]:
     """One row: figures of our run, of torch's ways, and what they are of the ceilings."""
     errors = case.check()
     ours = seconds(case.ours, replayed=case.replayed)
-    theirs = {name: seconds(run, replayed=case.replayed) for name, run in case.theirs.items()}
-    return row_of(case, ceilings, errors, ours, theirs)
+    theirs, failed = {}, {}
+    for name, run in case.theirs.items():
+        try:
+            theirs[name] = seconds(run, replayed=case.replayed)
+        except Exception as error:  # most of all memory: what torch cannot run here is told, and is no fault of ours
+            failed[name] = _in_words(error)
+    return row_of(case, ceilings, errors, ours, theirs) | ({"torch_failed": failed} if failed else {})
 
 
 def row_of(case: Case, ceilings: Ceilings, errors: Errors, ours: float, theirs: dict[str, float]) -> dict[str, Any]:
@@ -232,5 +237,8 @@ def _row(name: str, make: Callable[[], Case], ceilings: Ceilings) -> dict[str, A
         return measure(make(), ceilings)
     except Exception as error:  # one operator that fails must not take the figures of the others with it
         operator, _, shape = name.partition(" ")
-        words = str(error).partition("\n")[0]
-        return {"operator": operator, "shape": shape, "failed": f"{type(error).__name__}: {words}"}
+        return {"operator": operator, "shape": shape, "failed": _in_words(error)}
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

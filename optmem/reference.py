@@ -147,6 +147,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
     return out
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Rows to mean 0 and variance 1, scaled and shifted.  Shapes as in ops.layer_norm."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     """global_attention inside windows; what a window has beyond the grid holds the bias.  Shapes as in ops.window_attention."""
     num_grids, height, width, channels = qkv.shape
@@ -188,9 +193,9 @@ def compress(
 ) -> Tensor:
     """The neck, then two convolutions of stride 2 with nothing between them.  Shapes as in ops.compress."""
     x = torch.nn.functional.linear(patches, neck_0.flatten(1))  # a 1 x 1 convolution
-    x = torch.nn.functional.layer_norm(x, x.shape[3:], scale_1, shift_1, NECK_EPS)
+    x = layer_norm(x, scale_1, shift_1, NECK_EPS)
     x = _convolve(x, neck_2, stride=1)
-    x = torch.nn.functional.layer_norm(x, x.shape[3:], scale_3, shift_3, NECK_EPS)
+    x = layer_norm(x, scale_3, shift_3, NECK_EPS)
     return _convolve(_convolve(x, net_2, stride=2), net_3, stride=2).contiguous()
 
 

@@ -1,17 +1,48 @@
-"""global_attention: every implementation against the reference, and what it refuses."""
+"""global_attention: every implementation against the reference, what it refuses, and the choice of tiles.
+
+The Triton kernel runs on the GPU, or in the interpreter where there is none: a step for every row of keys, so grids are low.
+"""
+
+import itertools
+from importlib import import_module
 
 import pytest
 import torch
 
 from optmem import blockwise, ops, reference
 from optmem.errors import InputError
+from optmem.kernels.launch import (
+    STREAMING_MULTIPROCESSORS,
+    WIDEST_GRID,
+    GridTile,
+    cdiv,
+    global_attention_tile,
+    global_attention_tiles,
+    row_blocks,
+)
 from optmem.native import native
-from optmem.testing import assert_close, assert_equal, every_other, fenced, generator, global_attention_inputs
+from optmem.ops import vision
+from optmem.testing import assert_close, assert_equal, every_other, fenced, generator, global_attention_inputs, guarded
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IMPLEMENTATIONS = {"cpu": (ops.global_attention, CPU)}
+
+
+def triton_kernel():
+    pytest.importorskip("triton")
+    return import_module("optmem.kernels.global_attention")
+
+
+def run_triton(qkv, *tables):
+    """The launcher itself, on inputs and an output between guard bands."""
+    kernel = triton_kernel()
+    with guarded((*qkv.shape[:3], qkv.shape[3] // 3), qkv.dtype, qkv.device) as out:
+        kernel.global_attention(*map(fenced, (qkv, *tables)), out)
+    return out
+
+
+IMPLEMENTATIONS = {"triton": (run_triton, DEVICE), "cpu": (ops.global_attention, CPU)}
 if DEVICE.type == "cuda":
     IMPLEMENTATIONS["cuda"] = (ops.global_attention, DEVICE)
 
@@ -29,7 +60,7 @@ def exact(*inputs):
         (2, (1, 7), 3, 5),  # a single row
         (3, (7, 1), 1, 8),  # a single column
         (2, (5, 11), 2, 17),
-        (1, (16, 16), 6, 64),
+        (1, (16, 16), 2, 64),
     ],
 )
 def test_matches_reference(implementation, dtype, num_grids, grid, heads, head_dim):
@@ -37,6 +68,42 @@ def test_matches_reference(implementation, dtype, num_grids, grid, heads, head_d
     inputs = global_attention_inputs(num_grids, grid, heads, head_dim, dtype, device)
     fences = [fenced(tensor) for tensor in inputs]
     assert_close(run(*fences), reference.global_attention(*inputs), exact=exact(*inputs))
+
+
+TILES = [GridTile(128, 32, 16, 8, 2), GridTile(64, 32, 16, 4, 2), GridTile(16, 32, 16, 8, 1)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile.BLOCK_M))
+@pytest.mark.parametrize("grid", [(3, 33), (2, 40), (5, 48)])
+def test_triton_tiles(grid, tile, monkeypatch):
+    """Rows in two products, tiles that begin and end inside a row, more than one of them."""
+    monkeypatch.setattr(triton_kernel(), "global_attention_tile", lambda *_: tile)
+    inputs = global_attention_inputs(1, grid, 2, 24, torch.bfloat16, DEVICE)
+    assert_close(run_triton(*inputs), reference.global_attention(*inputs), exact=exact(*inputs))
+
+
+def test_triton_tables_of_several_products():
+    """Relative rows are multiplied 64 at a time: a row of 80 takes three products, of 96 the last is one short of full."""
+    for width in (80, 96):
+        inputs = global_attention_inputs(1, (2, width), 1, 16, torch.float16, DEVICE)
+        assert_close(run_triton(*inputs), reference.global_attention(*inputs), exact=exact(*inputs))
+
+
+def test_grids_that_are_too_wide_and_heads_too_large_are_taken_in_blocks():
+    for grid, head_dim in (((1, WIDEST_GRID + 1), 8), ((2, 3), 80)):
+        inputs = global_attention_inputs(1, grid, 1, head_dim, torch.float32, DEVICE)
+        assert_equal(vision._global_attention_cuda(*inputs), blockwise.global_attention(*inputs))
+
+
+def test_cuda_takes_the_kernel(monkeypatch):
+    asked = []
+    kernel = triton_kernel()
+    monkeypatch.setattr(kernel, "global_attention", lambda *tensors: asked.append(tensors))
+    inputs = global_attention_inputs(2, (3, 5), 2, 8, torch.float32, DEVICE)
+    out = vision._global_attention_cuda(*inputs)
+    ((*given, target),) = asked
+    assert all(a is b for a, b in zip(given, inputs, strict=True))
+    assert target is out
 
 
 @pytest.mark.parametrize("block", [1, 100, 1700, 10_000])
@@ -76,13 +143,25 @@ def test_large_logits_do_not_overflow():
     assert out.isfinite().all()
 
 
-def test_nan_stays_in_its_grid():
-    qkv, *tables = global_attention_inputs(3, (4, 4), 2, 8, torch.float32, DEVICE)
-    expected = ops.global_attention(qkv, *tables)
-    qkv[1, 0, 0, 0] = torch.nan
-    actual = ops.global_attention(qkv, *tables)
-    assert_equal(actual[::2], expected[::2])
-    assert actual[1].isnan().any()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_stays_in_its_grid_and_head(implementation):
+    _, device = IMPLEMENTATIONS[implementation]
+    run = triton_kernel().global_attention if implementation == "triton" else None
+    qkv, *tables = global_attention_inputs(3, (4, 4), 2, 8, torch.float32, device)
+
+    def answer():
+        if run is None:
+            return ops.global_attention(qkv, *tables)
+        out = torch.empty(3, 4, 4, 16, device=device)
+        run(qkv, *tables, out)
+        return out
+
+    expected = answer()
+    qkv[1, 0, 0, 16] = torch.nan  # a key of the first head
+    actual = answer()
+    assert actual[1, ..., :8].isnan().all()
+    actual[1, ..., :8] = expected[1, ..., :8]
+    assert_equal(actual, expected)
 
 
 def test_accepts_strided_inputs_and_an_empty_batch():
@@ -138,4 +217,37 @@ def test_compiles_into_one_graph():
 def test_says_who_serves_it():
     rows = {row.device: row.name for row in ops.implementations() if row.operator == "global_attention"}
     with_bf16 = native("_cpu").require().has_grid_attention(64)
-    assert rows == {"cpu": "cpp" if with_bf16 else "torch", "cuda": "reference"}
+    pytest.importorskip("triton")
+    assert rows == {"cpu": "cpp" if with_bf16 else "torch", "cuda": "triton"}
+
+
+SIDES = (512, 640, 768, 1024, 1280)
+
+
+@pytest.mark.parametrize("width", range(1, WIDEST_GRID + 1))
+def test_a_row_is_covered_and_little_more(width):
+    main, tail = row_blocks(width)
+    assert main + tail >= width
+    assert main <= 64, "the gate builds no wider tile"
+    assert main + tail - width < max(16, main // 2)
+    assert tail == 0 or main < width
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_chooser_keeps_its_promises(itemsize):
+    """Whatever it returns is among those that the gate builds, and a narrower tile is taken only to fill the device."""
+    for side, num_grids, heads in itertools.product(SIDES, (1, 2, 7, 64), (1, 4, 12)):
+        grid = side // 16
+        tiles = global_attention_tiles(grid, itemsize)
+        tile = global_attention_tile(num_grids * heads, grid, grid, itemsize)
+        assert tile in tiles
+        fills = cdiv(grid * grid, tiles[0].BLOCK_M) * num_grids * heads >= STREAMING_MULTIPROCESSORS
+        assert tile == (tiles[0] if fills else tiles[-1])
+
+
+def test_one_page_of_the_families():
+    """Twelve heads: from 640 px on there is a wide tile for every multiprocessor."""
+    chosen = {side: global_attention_tile(12, side // 16, side // 16, 2) for side in SIDES}
+    assert {side: tile.BLOCK_M for side, tile in chosen.items()} == {512: 64, 640: 128, 768: 128, 1024: 128, 1280: 128}
+    columns = {side: (tile.BLOCK_N, tile.TAIL) for side, tile in chosen.items()}
+    assert columns == {512: (32, 0), 640: (32, 16), 768: (32, 16), 1024: (64, 0), 1280: (64, 16)}

@@ -1,5 +1,7 @@
 """linear: every implementation against the reference, and what it refuses."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from optmem import ops, reference
 from optmem.errors import InputError
 from optmem.native import native
-from optmem.testing import assert_close, assert_equal, every_other, fenced, forced_isa, generator
+from optmem.testing import assert_close, assert_equal, every_other, fenced, forced_isa, generator, guarded
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -141,6 +143,32 @@ def test_opcheck_gradients_and_graphs():
     ours, theirs = (torch.autograd.grad(run(*leaves, "gelu").sum(), leaves) for run in (ops.linear, reference.linear))
     for actual, expected in zip(ours, theirs, strict=True):
         assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("count", [0, 1, 2047, 2049])
+def test_triton_activation(dtype, activation, count):
+    """In place, between guard bands: the launcher alone, on the GPU or in the interpreter."""
+    pytest.importorskip("triton")
+    x = torch.linspace(-12, 12, count, device=DEVICE).to(dtype)
+    weight = torch.ones(1, 1, device=DEVICE)
+    expected, exact = (
+        reference.linear(x[:, None].to(inside), weight.to(inside), None, activation)[:, 0] for inside in (dtype, torch.float64)
+    )
+    with guarded((count,), dtype, DEVICE) as out:
+        out.copy_(x)
+        import_module("optmem.kernels.linear").activate(out, activation)
+    assert_close(out, expected, exact=exact)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cuda_is_the_product_and_then_the_function(activation):
+    pytest.importorskip("triton")
+    inputs = inputs_of(5, 16, 24, torch.float32, device=DEVICE)
+    exact = reference.linear(*(tensor.double() for tensor in inputs), activation)
+    on_cuda = import_module("optmem.ops.linear")._linear_cuda
+    assert_close(on_cuda(*inputs, activation), reference.linear(*inputs, activation), exact=exact)
 
 
 def test_says_who_serves_it():

@@ -1,17 +1,39 @@
-"""window_attention: every implementation against the reference, how padding counts, and what it refuses."""
+"""window_attention: every implementation against the reference, how padding counts, and what it refuses.
+
+The Triton kernel runs on the GPU, or in the interpreter where there is none: four steps for a window of 14, and few windows.
+"""
+
+from importlib import import_module
 
 import pytest
 import torch
 
-from optmem import ops, reference
+from optmem import blockwise, ops, reference
 from optmem.errors import InputError
+from optmem.kernels.launch import WIDEST_WINDOW, window_attention_tile
 from optmem.native import native
-from optmem.testing import assert_close, assert_equal, every_other, fenced, generator, window_attention_inputs
+from optmem.ops import vision
+from optmem.testing import assert_close, assert_equal, every_other, fenced, generator, guarded, window_attention_inputs
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IMPLEMENTATIONS = {"cpu": (ops.window_attention, CPU)}
+
+
+def triton_kernel():
+    pytest.importorskip("triton")
+    return import_module("optmem.kernels.window_attention")
+
+
+def run_triton(qkv, *others):
+    """The launcher itself, on inputs and an output between guard bands."""
+    kernel = triton_kernel()
+    with guarded((*qkv.shape[:3], qkv.shape[3] // 3), qkv.dtype, qkv.device) as out:
+        kernel.window_attention(*map(fenced, (qkv, *others)), out)
+    return out
+
+
+IMPLEMENTATIONS = {"triton": (run_triton, DEVICE), "cpu": (ops.window_attention, CPU)}
 if DEVICE.type == "cuda":
     IMPLEMENTATIONS["cuda"] = (ops.window_attention, DEVICE)
 
@@ -27,13 +49,14 @@ def exact(*inputs):
     [
         (1, (1, 1), 1, 1, 1),  # a window of one patch
         (2, (1, 1), 4, 2, 8),  # fifteen of sixteen keys are padding
-        (2, (14, 14), 14, 2, 16),  # one window exactly
-        (1, (13, 13), 14, 2, 16),  # padding of one
+        (1, (14, 14), 14, 2, 16),  # one window exactly
+        (2, (13, 13), 14, 1, 16),  # padding of one
         (1, (15, 15), 14, 1, 16),  # one past a window: the last ones are all but padding
         (2, (5, 11), 4, 3, 5),  # odd grid
         (1, (3, 8), 4, 1, 8),  # padding below only
         (1, (8, 3), 4, 1, 8),  # padding to the right only
-        (1, (32, 32), 14, 3, 64),  # a view of 512 pixels
+        (1, (16, 15), 14, 1, 64),  # heads and windows of the families
+        (1, (17, 9), 17, 1, 20),  # a side above sixteen
     ],
 )
 def test_matches_reference(implementation, dtype, num_grids, grid, window, heads, head_dim):
@@ -41,6 +64,72 @@ def test_matches_reference(implementation, dtype, num_grids, grid, window, heads
     inputs = window_attention_inputs(num_grids, grid, window, heads, head_dim, dtype, device)
     fences = [fenced(tensor) for tensor in inputs]
     assert_close(run(*fences), reference.window_attention(*inputs), exact=exact(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_view_of_512_pixels(dtype):
+    inputs = window_attention_inputs(1, (32, 32), 14, 3, 64, dtype, DEVICE)
+    assert_close(ops.window_attention(*map(fenced, inputs)), reference.window_attention(*inputs), exact=exact(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_does_not_look_at_a_bias_that_no_window_needs(dtype):
+    qkv, bias, *tables = window_attention_inputs(1, (8, 12), 4, 2, 8, dtype, DEVICE)
+    expected = run_triton(qkv, bias, *tables)
+    assert_equal(run_triton(qkv, torch.full_like(bias, torch.nan), *tables), expected)
+
+
+def test_triton_keeps_a_nan_in_its_window_and_head():
+    qkv, *others = window_attention_inputs(1, (9, 9), 5, 2, 16, torch.bfloat16, DEVICE)
+    before = run_triton(qkv, *others)
+    qkv[0, 3, 1, 48] = torch.nan  # a key of the second head
+    after = torch.empty_like(before)
+    triton_kernel().window_attention(qkv, *others, after)
+    assert after[0, :5, :5, 16:].isnan().all()
+    after[0, :5, :5, 16:] = before[0, :5, :5, 16:]
+    assert_equal(after, before)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e15])
+def test_triton_large_logits_are_finite(size):
+    qkv, *others = window_attention_inputs(1, (5, 7), 5, 1, 16, torch.bfloat16, DEVICE)
+    qkv[..., :16] = qkv[..., :16] * size
+    assert run_triton(qkv, *others).isfinite().all()
+
+
+def test_triton_terms_beyond_fp16_are_the_largest_there_are():
+    """A term of infinity times a zero would be no number."""
+    qkv, bias, *tables = window_attention_inputs(1, (5, 7), 5, 1, 16, torch.float16, DEVICE)
+    qkv[..., :32] = 0.0
+    qkv[..., :16] = 1000.0
+    tables[0][:] = torch.linspace(-60, 60, 9, device=DEVICE)[:, None]
+    assert run_triton(qkv, bias, *tables).isfinite().all()
+
+
+def test_windows_that_are_too_wide_and_heads_too_large_are_taken_in_blocks():
+    for window, head_dim in ((WIDEST_WINDOW + 1, 8), (3, 80)):
+        inputs = window_attention_inputs(1, (4, 5), window, 1, head_dim, torch.float32, DEVICE)
+        assert_equal(vision._window_attention_cuda(*inputs), blockwise.window_attention(*inputs))
+
+
+def test_cuda_takes_the_kernel(monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton_kernel(), "window_attention", lambda *tensors: asked.append(tensors))
+    inputs = window_attention_inputs(2, (3, 5), 4, 2, 8, torch.float32, DEVICE)
+    out = vision._window_attention_cuda(*inputs)
+    ((*given, target),) = asked
+    assert all(a is b for a, b in zip(given, inputs, strict=True))
+    assert target is out
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("side", range(1, WIDEST_WINDOW + 1))
+def test_the_steps_cover_a_window(side, itemsize):
+    tile = window_attention_tile(side, itemsize)
+    in_full_steps = tile.FULL * tile.BLOCK_N
+    assert in_full_steps <= side * side <= in_full_steps + tile.TAIL, "a full step has no key beyond the window"
+    assert tile.TAIL <= tile.BLOCK_N
+    assert (tile.TAIL == 0) == (in_full_steps == side * side)
 
 
 def test_a_grid_of_one_window_is_global():
@@ -137,4 +226,5 @@ def test_compiles_into_one_graph():
 def test_says_who_serves_it():
     rows = {row.device: row.name for row in ops.implementations() if row.operator == "window_attention"}
     with_bf16 = native("_cpu").require().has_grid_attention(64)
-    assert rows == {"cpu": "cpp" if with_bf16 else "torch", "cuda": "reference"}
+    pytest.importorskip("triton")
+    assert rows == {"cpu": "cpp" if with_bf16 else "torch", "cuda": "triton"}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from optmem import ops
 from optmem.model.config import ClipConfig
-from optmem.model.layers import Linear
+from optmem.model.layers import LayerNorm, Linear
 from optmem.model.tables import ResizedTable, crop_positions, resize_positions
 
 NORM_EPS = 1e-5
@@ -20,7 +20,7 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.width, NORM_EPS)
+        self.pre_layrnorm = LayerNorm(config.width, NORM_EPS)
         self.transformer = Transformer(config)
 
     def forward(self, cells: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, NORM_EPS)
+        self.layer_norm1 = LayerNorm(config.width, NORM_EPS)
         self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width, NORM_EPS)
+        self.layer_norm2 = LayerNorm(config.width, NORM_EPS)
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What several stages share: linear layers, the norm and the angles of rotary positions."""
+"""What several stages share: linear layers, norms and the angles of rotary positions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] -> [..., width_out]."""
         return ops.linear(x, self.weight, self.bias, self.activation)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Rows to mean 0 and variance 1, scaled and shifted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):

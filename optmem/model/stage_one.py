@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optmem import ops
 from optmem.model.config import StageOneConfig
-from optmem.model.layers import Linear
+from optmem.model.layers import LayerNorm, Linear
 from optmem.model.tables import ResizedTable, crop_positions, resize_positions, resize_relative
 
 NORM_EPS = 1e-6
@@ -61,9 +61,9 @@ class Block(nn.Module):
 
     def __init__(self, config: StageOneConfig, *, is_global: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, NORM_EPS)
+        self.norm1 = LayerNorm(config.width, NORM_EPS)
         self.attn = Attention(config, is_global=is_global)
-        self.norm2 = nn.LayerNorm(config.width, NORM_EPS)
+        self.norm2 = LayerNorm(config.width, NORM_EPS)
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:

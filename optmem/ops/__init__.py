@@ -16,6 +16,7 @@ from optmem.ops.decoding import (
 from optmem.ops.drawing import MAX_SIDE, draw_text, resample
 from optmem.ops.experts import ExpertScales, Routing, expert_mlp, route
 from optmem.ops.linear import Activation, linear
+from optmem.ops.norm import layer_norm
 from optmem.ops.picking import pick_token
 from optmem.ops.registry import Implementation, implementations
 from optmem.ops.vision import attention, compress, global_attention, patch_embed, window_attention
@@ -34,6 +35,7 @@ __all__ = [
     "expert_mlp",
     "global_attention",
     "implementations",
+    "layer_norm",
     "linear",
     "linear_rows",
     "paged_attention",

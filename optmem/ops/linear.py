@@ -9,7 +9,18 @@ from torch import Tensor
 
 from optmem import reference
 from optmem.native import native
-from optmem.ops.registry import Implementation, as_array, check, check_like, check_same_kind, cpp_for, described, library
+from optmem.ops.registry import (
+    Implementation,
+    as_array,
+    check,
+    check_like,
+    check_same_kind,
+    cpp_for,
+    described,
+    is_training,
+    library,
+    triton_module,
+)
 
 Activation = Literal["none", "gelu", "quick_gelu"]
 
@@ -27,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
 
     Raises InputError where shapes, types or devices do not fit together.
     """
-    if _is_training(x, weight, bias):
+    if is_training(x, weight, bias):
         return reference.linear(x, weight, bias, activation)
     check_same_kind("linear", x=x)
     check(x.dim() > 0 and x.shape[-1] > 0, f"linear: x must be [..., in] with in at least 1, got {list(x.shape)}")
@@ -40,14 +51,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     check(activation in get_args(Activation), f"linear: activation must be one of {get_args(Activation)}, got {activation!r}")
     out: Tensor = torch.ops.optmem.linear(x, weight, bias, activation)
     return out
-
-
-def _is_training(*tensors: Tensor | None) -> bool:
-    """Plain torch keeps what its gradient needs, and knows the types of autocast."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.is_autocast_enabled(given[0].device.type) or (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    )
 
 
 @torch.library.impl(library, "linear", "CPU")
@@ -64,7 +67,12 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Acti
 
 @torch.library.impl(library, "linear", "CUDA")
 def _linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    return reference.linear(x, weight, bias, activation)
+    kernel = triton_module("linear") if activation != "none" else None
+    if kernel is None:
+        return reference.linear(x, weight, bias, activation)
+    out = torch.nn.functional.linear(x, weight, bias).contiguous()  # cuBLAS
+    kernel.activate(out, activation)
+    return out
 
 
 @torch.library.register_fake("optmem::linear")
@@ -80,4 +88,12 @@ def _served() -> Implementation:
 
 
 described.append(_served)
-described.append(lambda: Implementation("linear", "cuda", "torch", "cuBLAS"))
+
+
+def _served_on_cuda() -> Implementation:
+    if triton_module("linear") is None:
+        return Implementation("linear", "cuda", "torch", "cuBLAS; triton is not installed")
+    return Implementation("linear", "cuda", "torch", "cuBLAS, then kernels/linear.py where a function follows")
+
+
+described.append(_served_on_cuda)

@@ -91,6 +91,14 @@ def check_same_kind(operator: str, **tensors: Tensor) -> None:
         check(tensor.device == device, f"{operator}: {name} must be on {device} as {first} is, got {tensor.device}")
 
 
+def is_training(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is wanted or types are autocast's: plain torch keeps what the one needs, and knows the others."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.is_autocast_enabled(given[0].device.type) or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    )
+
+
 def differentiate(operator: str, meaning: Callable[..., Tensor]) -> None:
     """Gives an operator the gradient of its reference, computed again in the backward pass; only training needs it."""
 

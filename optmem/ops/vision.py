@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optmem import blockwise, reference
+from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD, WIDEST_HEAD, WIDEST_WINDOW
 from optmem.native import native
 from optmem.ops.registry import (
     Implementation,
@@ -142,6 +143,31 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor
     return mixed.transpose(1, 2).contiguous()
 
 
+def _attention_kernel_for(head_dim: int) -> ModuleType | None:
+    """The kernel that serves attention on CUDA, or None for torch's own.  Here alone it is decided.
+
+    Where bench/bench_gpu_vision.py measures flash-attn or torch's kernel faster for a kind of call, this is the place to say so.
+    """
+    return triton_module("attention") if head_dim <= WIDEST_HEAD else None
+
+
+@torch.library.impl(library, "attention", "CUDA")
+def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    kernel = _attention_kernel_for(query.shape[3])
+    if kernel is None:
+        return _attention(query, key, value, prefix)
+    out: Tensor = _attention_fake(query, key, value, prefix)
+    kernel.attention(query, key, value, prefix, out)
+    return out
+
+
+def _attention_served() -> Implementation:
+    if _attention_kernel_for(1) is None:
+        return Implementation("attention", "cuda", "torch", "scaled_dot_product_attention: triton is not installed")
+    reason = f"kernels/attention.py: heads up to {WIDEST_HEAD}; else scaled_dot_product_attention"
+    return Implementation("attention", "cuda", "triton", reason)
+
+
 @torch.library.register_fake("optmem::attention")
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     return query.new_empty(query.shape)
@@ -149,7 +175,7 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> T
 
 differentiate("attention", reference.attention)
 described.append(lambda: Implementation("attention", "cpu", "torch", "scaled_dot_product_attention"))
-described.append(lambda: Implementation("attention", "cuda", "torch", "scaled_dot_product_attention"))
+described.append(_attention_served)
 
 
 # --- global_attention ---------------------------------------------------------------------------------------------------------
@@ -210,6 +236,14 @@ def _grid_attention_served(operator: str) -> Implementation:
     return Implementation(operator, "cpu", "torch", "blockwise.py, logits that stay in the cache")
 
 
+def _grid_attention_on_cuda(operator: str, what: str) -> Implementation:
+    """Triton for what its registers hold, and for anything else plain torch in blocks."""
+    if triton_module(operator) is None:
+        return Implementation(operator, "cuda", "torch", "blockwise.py: triton is not installed")
+    reason = f"kernels/{operator}.py: {what}, heads up to {WIDEST_GRID_HEAD}; else blockwise.py"
+    return Implementation(operator, "cuda", "triton", reason)
+
+
 @torch.library.impl(library, "global_attention", "CPU")
 def _global_attention_cpu(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     cpu = _grid_attention_for(qkv, rel_pos_h)
@@ -221,7 +255,12 @@ def _global_attention_cpu(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> 
 
 @torch.library.impl(library, "global_attention", "CUDA")
 def _global_attention_cuda(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
-    return reference.global_attention(qkv, rel_pos_h, rel_pos_w)
+    kernel = triton_module("global_attention")
+    if kernel is None or qkv.shape[2] > WIDEST_GRID or rel_pos_h.shape[1] > WIDEST_GRID_HEAD:
+        return blockwise.global_attention(qkv, rel_pos_h, rel_pos_w)
+    out: Tensor = _global_attention_fake(qkv, rel_pos_h, rel_pos_w)
+    kernel.global_attention(qkv, rel_pos_h, rel_pos_w, out)
+    return out
 
 
 @torch.library.register_fake("optmem::global_attention")
@@ -231,7 +270,7 @@ def _global_attention_fake(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) ->
 
 differentiate("global_attention", reference.global_attention)
 described.append(lambda: _grid_attention_served("global_attention"))
-described.append(lambda: Implementation("global_attention", "cuda", "reference", "no kernel yet"))
+described.append(lambda: _grid_attention_on_cuda("global_attention", f"grids up to {WIDEST_GRID} across"))
 
 
 # --- window_attention ---------------------------------------------------------------------------------------------------------
@@ -273,7 +312,12 @@ def _window_attention_cpu(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_
 
 @torch.library.impl(library, "window_attention", "CUDA")
 def _window_attention_cuda(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
-    return reference.window_attention(qkv, bias, rel_pos_h, rel_pos_w)
+    kernel = triton_module("window_attention")
+    if kernel is None or rel_pos_h.shape[0] > 2 * WIDEST_WINDOW - 1 or rel_pos_h.shape[1] > WIDEST_GRID_HEAD:
+        return blockwise.window_attention(qkv, bias, rel_pos_h, rel_pos_w)
+    out: Tensor = _window_attention_fake(qkv, bias, rel_pos_h, rel_pos_w)
+    kernel.window_attention(qkv, bias, rel_pos_h, rel_pos_w, out)
+    return out
 
 
 @torch.library.register_fake("optmem::window_attention")
@@ -283,7 +327,7 @@ def _window_attention_fake(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos
 
 differentiate("window_attention", reference.window_attention)
 described.append(lambda: _grid_attention_served("window_attention"))
-described.append(lambda: Implementation("window_attention", "cuda", "reference", "no kernel yet"))
+described.append(lambda: _grid_attention_on_cuda("window_attention", f"windows up to {WIDEST_WINDOW} across"))
 
 
 # --- compress -----------------------------------------------------------------------------------------------------------------
@@ -330,14 +374,26 @@ def compress(
     for name, tensor in weights.items():
         check(list(tensor.shape) == wanted[name], f"compress: {name} must be {wanted[name]}, got {list(tensor.shape)}")
     check_same_kind("compress", patches=patches, **weights)
-    inputs = [tensor.contiguous() for tensor in (patches, *weights.values())]
+    # Weights that are stored channels last stay so: on CUDA that saves a copy of each.
+    inputs = [tensor if _is_channels_last(tensor) else tensor.contiguous() for tensor in (patches, *weights.values())]
     compressed: Tensor = torch.ops.optmem.compress(*inputs)
     return compressed
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.shape[2:] == (3, 3) and weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.impl(library, "compress", "CompositeExplicitAutograd")
 def _compress(*inputs: Tensor) -> Tensor:
     return reference.compress(*inputs)
+
+
+@torch.library.impl(library, "compress", "CUDA")
+def _compress_cuda(*inputs: Tensor) -> Tensor:
+    kernel = triton_module("compress")
+    compressed: Tensor = reference.compress(*inputs) if kernel is None else kernel.compress(*inputs)
+    return compressed
 
 
 @torch.library.register_fake("optmem::compress")
@@ -348,4 +404,4 @@ def _compress_fake(patches: Tensor, *weights: Tensor) -> Tensor:
 
 differentiate("compress", reference.compress)
 described.append(lambda: Implementation("compress", "cpu", "reference", "plain torch, where a convolution is already good"))
-described.append(lambda: Implementation("compress", "cuda", "reference", "plain torch, where a convolution is already good"))
+described.append(triton_or_reference("compress"))

@@ -174,6 +174,15 @@ def compress_inputs(
     return tuple(tensor.to(device, dtype) for tensor in (patches, *weights))
 
 
+def layer_norm_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows far from zero and of different sizes, weight and bias."""
+    rng = generator(f"layer_norm {rows} {width}")
+    x = torch.randn(rows, width, generator=rng) * torch.logspace(-1, 1, rows)[:, None] + 3 * torch.randn(rows, 1, generator=rng)
+    weight, bias = (torch.randn(width, generator=rng) for _ in "wb")
+    x, weight, bias = (tensor.to(device, dtype) for tensor in (x, weight, bias))
+    return x, weight, bias
+
+
 def every_other(tensor: Tensor) -> Tensor:
     """The same values, one cell apart, with 255 or NaN between them."""
     filling = _filling(tensor.dtype, 255)
