@@ -4,12 +4,12 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: help development demo test lint format bench gate asan wheel-test build clean
+.PHONY: help development demo test lint format bench bench-gpu gate asan wheel-test build clean
 
 help:
 	@echo "make demo   draw this README and a chat as pages, say what they cost, read them back"
 	@echo "make test   all tests        make lint   ruff, format, mypy     make gate   kernels for GPUs, compiled here"
-	@echo "make bench  speed ratios     make asan   C++ under sanitizers   make wheel-test   the wheel in a clean venv"
+	@echo "make bench  speed ratios     make bench-gpu  kernels beside their floors     make asan   C++ under sanitizers   make wheel-test   the wheel in a clean venv"
 
 # torch first and by its pin.  Where pip would choose a build with gigabytes of CUDA libraries, TORCH_OPTIONS says where the CPU build is.
 .venv/.packages: constraints.txt pyproject.toml
@@ -57,6 +57,10 @@ gate: development
 
 bench: development
 	$(BIN)/pytest bench --benchmark-enable --benchmark-group-by=group --benchmark-columns=min,median,iqr --benchmark-sort=min
+
+# Kernels beside their floors on a GPU; each prints a table and a line of JSON and keeps it in bench/results/.
+bench-gpu: development
+	status=0; for part in bench/bench_gpu_*.py; do $(BIN)/python $$part || status=1; done; exit $$status
 
 # The native tests against a copy of the tree built with AddressSanitizer and UBSan.
 asan: development
