@@ -58,3 +58,47 @@ def patch_embed_tile(num_patches: int, width: int, itemsize: int) -> PatchTile:
         if cdiv(num_patches, tile.BLOCK_M) * cdiv(width, tile.BLOCK_D) >= STREAMING_MULTIPROCESSORS:
             return tile
     return tiles[-1]
+
+
+# --- decoding: rms_norm, silu_mul, rope_cache -----------------------------------------------------------------------------------
+
+
+def power_of_two(size: int) -> int:
+    """The least that is not below size."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+class NormTile(NamedTuple):
+    """A function of the width alone: a row's sum is added up in the same order whatever its batch mates."""
+
+    BLOCK_T: int  # rows
+    BLOCK_D: int  # a whole row
+    num_warps: int
+
+
+def norm_tile(width: int) -> NormTile:
+    """16 values a thread, which are two loads of 16 bytes in 16 bits; narrow rows share a program."""
+    block_d = power_of_two(width)
+    block_t = max(1, 2048 // block_d)
+    return NormTile(block_t, block_d, num_warps=min(32, max(4, block_t * block_d // 512)))
+
+
+class SwigluTile(NamedTuple):
+    BLOCK: int
+    num_warps: int
+
+
+SWIGLU = SwigluTile(BLOCK=1024, num_warps=4)  # a load of 16 bytes a thread from either; 7 programs for one row of a dense MLP
+
+
+class RopeTile(NamedTuple):
+    BLOCK_H: int  # heads
+    BLOCK_D: int  # half a head
+    num_warps: int
+
+
+def rope_tile(heads: int, head_dim: int) -> RopeTile:
+    """A token's heads in one program, up to 2,048 values of each half: 16 heads of 128 are 8 values a thread, one load."""
+    block_d = power_of_two(head_dim // 2)
+    block_h = min(power_of_two(heads), max(1, 2048 // block_d))
+    return RopeTile(block_h, block_d, num_warps=min(8, max(1, block_h * block_d // 256)))

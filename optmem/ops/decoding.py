@@ -25,6 +25,8 @@ from optmem.ops.registry import (
     described,
     library,
     torch_on_cuda,
+    triton_for,
+    triton_or_reference,
 )
 
 # --- linear_rows ----------------------------------------------------------------------------------------------------------------
@@ -131,11 +133,29 @@ def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-torch.library.impl(library, "rms_norm", "CUDA")(reference.rms_norm)
-torch.library.impl(library, "add_rms_norm", "CUDA")(reference.add_rms_norm)
+@torch.library.impl(library, "rms_norm", "CUDA")
+def _rms_norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    kernel = triton_for("rms_norm", x)
+    if kernel is None:
+        return reference.rms_norm(x, weight, eps)
+    out: Tensor = _rms_norm_fake(x, weight, eps)
+    kernel.rms_norm(x.contiguous(), weight.contiguous(), eps, out)
+    return out
+
+
+@torch.library.impl(library, "add_rms_norm", "CUDA")
+def _add_rms_norm_cuda(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    kernel = triton_for("rms_norm", x)
+    if kernel is None:
+        return reference.add_rms_norm(x, residual, weight, eps)
+    total, out = _add_rms_norm_fake(x, residual, weight, eps)
+    kernel.add_rms_norm(x.contiguous(), residual.contiguous(), weight.contiguous(), eps, total, out)
+    return total, out
+
+
 for _name in ("rms_norm", "add_rms_norm"):
     described.append(cpp_or_reference(_name))
-    described.append(partial(torch_on_cuda, _name))
+    described.append(triton_or_reference(_name, "rms_norm"))
 
 
 # --- silu_mul -------------------------------------------------------------------------------------------------------------------
@@ -166,9 +186,18 @@ def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-torch.library.impl(library, "silu_mul", "CUDA")(reference.silu_mul)
+@torch.library.impl(library, "silu_mul", "CUDA")
+def _silu_mul_cuda(gate: Tensor, up: Tensor) -> Tensor:
+    kernel = triton_for("silu_mul", gate)
+    if kernel is None:
+        return reference.silu_mul(gate, up)
+    out: Tensor = gate.new_empty(gate.shape)
+    kernel.silu_mul(gate.contiguous(), up.contiguous(), out)
+    return out
+
+
 described.append(cpp_or_reference("silu_mul"))
-described.append(partial(torch_on_cuda, "silu_mul"))
+described.append(triton_or_reference("silu_mul"))
 
 
 # --- rope_cache -----------------------------------------------------------------------------------------------------------------
@@ -195,6 +224,9 @@ def rope_cache(
     cos, sin                 [T, D / 2]    of every position, rounded to the same type: channel i turns with channel i + D / 2
     slots                    int64 [T]     cell page * page_size + offset of every token; a negative one writes nothing
     key_cache, value_cache   [pages, page_size, H, D], contiguous
+
+    Raises InputError where a slot lies behind the cache.  On CUDA the host does not wait to see that: the token is written nowhere
+    and its query becomes NaN.
     """
     check_float("rope_cache", "queries", queries, 3)
     tokens, heads, dim = queries.shape
@@ -233,6 +265,24 @@ def _rope_cache_cpu(
 
 
 @torch.library.impl(library, "rope_cache", "CUDA")
+def _rope_cache_cuda(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    kernel = triton_for("rope_cache", queries)
+    if kernel is None:
+        return _rope_cache_checked(queries, keys, values, cos, sin, slots, key_cache, value_cache)
+    read = (tensor.contiguous() for tensor in (keys, values, cos, sin, slots))
+    kernel.rope_cache(queries, *read, key_cache, value_cache)
+    return None
+
+
 def _rope_cache_checked(
     queries: Tensor,
     keys: Tensor,
@@ -266,7 +316,7 @@ def _rope_cache_fake(
 
 
 described.append(cpp_or_reference("rope_cache"))
-described.append(partial(torch_on_cuda, "rope_cache"))
+described.append(triton_or_reference("rope_cache"))
 
 
 # --- paged_attention ------------------------------------------------------------------------------------------------------------
