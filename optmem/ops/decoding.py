@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,6 @@ from optmem.ops.registry import (
     cpp_or_reference,
     described,
     library,
-    torch_on_cuda,
     triton_for,
     triton_or_reference,
 )
@@ -351,8 +348,10 @@ def paged_attention(
     window                                     query i sees key j <= i if j < prompt or j > i - window; None sees all
     -> [T, H, D]
 
-    Softmax and sums in fp32.  On CPU a query's result does not depend on what else is asked, bit for bit.  Cells of a page that
-    is attended to must hold finite numbers up to the sequence's length.  Raises InputError where the table points outside.
+    Softmax and sums in fp32.  On CPU a query's result does not depend on what else is asked, bit for bit; on CUDA not on batch
+    mates, nor on whether a sequence asks with one token or with a few.  Cells of a page that is attended to must hold finite
+    numbers up to the sequence's length.
+    Raises InputError where the table points outside; on CUDA the host does not wait to see that, and such a query becomes NaN.
     """
     check_float("paged_attention", "queries", queries, 3)
     check(keys.dim() == 4, f"paged_attention: keys must be [pages, page_size, H, D], got {list(keys.shape)}")
@@ -398,6 +397,26 @@ def _paged_attention_cpu(
 
 
 @torch.library.impl(library, "paged_attention", "CUDA")
+def _paged_attention_cuda(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    kernel = triton_for("paged_attention", queries)
+    inputs = (queries, keys, values, table, starts, lengths, prompts)
+    if kernel is None:
+        return _paged_attention_checked(*inputs, window, scale)
+    out = queries.new_empty(queries.shape)
+    kernel.paged_attention(*(tensor.contiguous() for tensor in inputs), window, scale, out)
+    return out
+
+
 def _paged_attention_checked(
     queries: Tensor,
     keys: Tensor,
@@ -446,4 +465,4 @@ def _paged_attention_fake(
 
 
 described.append(cpp_or_reference("paged_attention"))
-described.append(partial(torch_on_cuda, "paged_attention"))
+described.append(triton_or_reference("paged_attention"))
