@@ -190,6 +190,7 @@ class VectorTile(NamedTuple):
 
 VECTOR_INTO = VectorTile(BLOCK_N=8, BLOCK_K=256, num_warps=4)  # 672 programs for one token of 6 experts
 VECTOR_OUT_OF = VectorTile(BLOCK_N=8, BLOCK_K=1024, num_warps=4)  # 160; an expert's width of 896 at once
+VECTOR_OUT_OF_FP32 = VectorTile(BLOCK_N=8, BLOCK_K=512, num_warps=4)  # where the loads of six slots do not fit in registers
 
 
 class ExpertTile(NamedTuple):
