@@ -165,7 +165,7 @@ def expert_into_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    # Neighbouring programs share pairs and read all of the matrix between them: it comes from DRAM once for all of an expert's tiles.
+    # Neighbouring programs share pairs and read all of the matrix between them: an expert's tiles have it from DRAM once.
     tiles_n = tl.cdiv(F, BLOCK_N)
     i_e, first, end = block_at(tl.program_id(0) // tiles_n, starts, P, E, BLOCK_E, BLOCK_M)
     if first >= end:

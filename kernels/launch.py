@@ -223,3 +223,18 @@ def expert_tile(pairs: int, experts: int, itemsize: int) -> ExpertTile:
 def expert_blocks(pairs: int, experts: int, block_m: int) -> int:
     """Expert e begins with block starts[e] // block_m + e: so many are enough for any starts, which only the device knows."""
     return pairs // block_m + experts
+
+
+# --- decoding: pick_token -------------------------------------------------------------------------------------------------------
+
+
+class PickTile(NamedTuple):
+    """Constants: a row is added up in the same order whatever its batch mates, and however long its history is."""
+
+    BLOCK_V: int  # logits of one program, 16 KiB
+    BLOCK_L: int  # tokens said before, in one step of the guard
+    BLOCK_W: int  # words of 32 tokens that are cleared in one step
+    num_warps: int
+
+
+PICK = PickTile(BLOCK_V=4096, BLOCK_L=1024, BLOCK_W=1024, num_warps=4)

@@ -194,7 +194,3 @@ def as_input_error() -> Iterator[None]:
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def torch_on_cuda(operator: str) -> Implementation:
-    return Implementation(operator, "cuda", "reference", "no kernel yet")
