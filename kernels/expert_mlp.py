@@ -327,11 +327,10 @@ def specialise_sum(given: Given, outputs: Tensor, out: Tensor) -> Launch:
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """The experts of the decoders, every tile; nano's; and ones that allow no vector loads."""
+    """The experts of the decoders, every tile; and ones that allow no vector loads."""
     for dtype, hidden, width, top_k in (
         (torch.bfloat16, 1280, 896, 6),
         (torch.float32, 1280, 896, 6),
-        (torch.bfloat16, 384, 24, 1),
         (torch.float16, 77, 33, 2),
     ):
         made = ((40, hidden), (64, 2 * width, hidden), (64, hidden, width), (40 * top_k, width), (40 * top_k, hidden))

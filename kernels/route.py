@@ -120,7 +120,7 @@ def specialise_group(ids: Tensor, order: Tensor, starts: Tensor, tile: GroupTile
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """The routers of the decoders and of nano, one of an odd width, and every way to group."""
+    """The routers of the decoders, one of an odd width, and every way to group."""
     for dtype, width, top_k in (
         (torch.bfloat16, 1280, 6),
         (torch.bfloat16, 384, 1),
