@@ -63,7 +63,7 @@ def route_choose_kernel(
     b_total = tl.sum(b_score, axis=1)  # [BLOCK_T], NaN where one is
     b_score = tl.where(b_score == b_score, b_score, 0.0)
     b_score = tl.where(m_e[None, :], b_score, -1.0)
-    for slot in range(TOP_K):
+    for slot in tl.static_range(TOP_K):
         b_best, b_id = tl.max(b_score, axis=1, return_indices=True, return_indices_tie_break_left=True)
         b_best = tl.where(b_total == b_total, b_best, float("nan"))
         tl.store(ids + o_t * TOP_K + slot, b_id, mask=m_t)

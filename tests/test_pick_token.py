@@ -613,10 +613,9 @@ def test_says_what_the_reference_says(implementation, vocab, heat):
         assert_near(got, right.masked_fill(ids < 0, NAN), error_allowed(implementation))
 
 
+@pytest.mark.usefixtures("many")
 @pytest.mark.parametrize(("vocab", "count"), [(129280, 3), (3 * CHUNK + 33, 14), (33, 3000)])
-def test_neither_other_rows_nor_threads_change_a_bit(implementation, vocab, count):
-    if count > 3:
-        spare_the_interpreter(implementation)
+def test_neither_other_rows_nor_threads_change_a_bit(vocab, count):
     inputs = wide_inputs(vocab, count)
     before = torch.get_num_threads()
     try:
