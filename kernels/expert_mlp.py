@@ -344,7 +344,8 @@ def gate_cases() -> Iterator[GateCase]:
         yield GateCase(f"vector-out-of-{name}", expert_vector_out_of_kernel, *launch, tensor_cores=False)
         yield GateCase(f"sum-{name}", expert_sum_kernel, *specialise_sum(given, outputs, x), tensor_cores=False)
         for tile in expert_tiles(dtype.itemsize) if hidden == 1280 else expert_tiles(dtype.itemsize)[:1]:
-            kind = {"tensor_cores": dtype.itemsize == 2, "has_small_dots": tile.BLOCK_M < 64}
-            yield GateCase(f"into-{name}-{tile.BLOCK_M}", expert_into_kernel, *specialise_into(given, inner, tile), **kind)
+            is_half, is_small = dtype.itemsize == 2, tile.BLOCK_M < 64
+            launch = specialise_into(given, inner, tile)
+            yield GateCase(f"into-{name}-{tile.BLOCK_M}", expert_into_kernel, *launch, is_half, is_small)
             launch = specialise_out_of(given, inner, outputs, tile)
-            yield GateCase(f"out-of-{name}-{tile.BLOCK_M}", expert_out_of_kernel, *launch, **kind)
+            yield GateCase(f"out-of-{name}-{tile.BLOCK_M}", expert_out_of_kernel, *launch, is_half, is_small)

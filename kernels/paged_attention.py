@@ -240,7 +240,7 @@ def paged_prompt_kernel(
     i_h = tl.program_id(0) % H
     i_tile = tl.program_id(0) // H
     # A sequence begins with tile starts[b] // BLOCK_M + b: it has as many as it needs, and one or two that find nothing to do.
-    i_b = 0
+    i_b = tl.full([], 0, dtype=tl.int32)
     end = B
     while end - i_b > 1:
         middle = (i_b + end) // 2
