@@ -1,11 +1,24 @@
-"""expert_mlp: every instruction set against the reference, with experts that nobody or everybody wants."""
+"""expert_mlp: every instruction set and the Triton kernels against the reference, with experts that nobody or everybody wants."""
+
+import itertools
+from importlib import import_module
 
 import pytest
 import torch
 
 from optmem import ops, reference
 from optmem.errors import InputError
-from optmem.testing import assert_close, assert_equal, available_isas, fenced, forced_isa, generator
+from optmem.kernels.launch import (
+    EXPERT_FEW,
+    EXPERT_MANY,
+    EXPERT_SOME,
+    VECTOR_ROWS,
+    expert_blocks,
+    expert_tile,
+    expert_tiles,
+)
+from optmem.ops import experts as expert_ops
+from optmem.testing import assert_close, assert_equal, available_isas, every_other, fenced, forced_isa, generator, guarded
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -127,3 +140,138 @@ def test_refuses_other_weights(dtype, weights, words):
 def test_opcheck():
     x, gate_up, down, routing = inputs(3, 8, 8, 3, 2, torch.float32)
     torch.library.opcheck(torch.ops.optmem.expert_mlp, (x, gate_up, down, routing.weights, routing.order, routing.starts))
+
+
+# --- Triton ---------------------------------------------------------------------------------------------------------------------
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def triton_kernel():
+    pytest.importorskip("triton")
+    return import_module("optmem.kernels.expert_mlp")
+
+
+def run_triton(x, gate_up, down, routing):
+    """The launcher itself; what it reads and what it writes lies between guard bands."""
+    given = (x, gate_up, down, routing.weights, routing.order, routing.starts)
+    kernel = triton_kernel()
+    with guarded(x.shape, x.dtype, DEVICE) as out:
+        kernel.expert_mlp(*(fenced(tensor.to(DEVICE)) for tensor in given), out)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "width", "experts", "top_k"),
+    [
+        (1, 8, 1, 1, 1),
+        (3, 33, 35, 4, 4),
+        (VECTOR_ROWS, 20, 9, 64, 6),
+        (VECTOR_ROWS + 1, 20, 9, 3, 2),
+        (40, 70, 33, 8, 3),
+        (18, 24, 40, 1, 1),  # one past a tile
+    ],
+)
+def test_triton_matches_reference(dtype, tokens, hidden, width, experts, top_k):
+    arguments = inputs(tokens, hidden, width, experts, top_k, dtype)
+    assert_close(run_triton(*arguments), expected(*arguments), exact=exact(*arguments))
+
+
+@pytest.mark.parametrize("tile", [EXPERT_FEW, EXPERT_SOME, EXPERT_MANY], ids=lambda tile: str(tile.BLOCK_M))
+def test_triton_every_tile(tile, monkeypatch):
+    """Experts with none, with a few and with more than a tile of pairs, and matrices of more than a block each way."""
+    monkeypatch.setattr(triton_kernel(), "expert_tile", lambda *_: tile)
+    arguments = inputs(140, 150, 70, 5, 2, torch.bfloat16)
+    assert_close(run_triton(*arguments), expected(*arguments), exact=exact(*arguments))
+
+
+def test_triton_wide_rows_of_few_tokens():
+    arguments = inputs(1, 300, 1030, 3, 2, torch.bfloat16)
+    assert_close(run_triton(*arguments), expected(*arguments), exact=exact(*arguments))
+
+
+@pytest.mark.parametrize("tokens", [VECTOR_ROWS, 20])
+def test_triton_experts_that_nobody_wants_are_not_read(tokens):
+    x, gate_up, down, routing = inputs(tokens, 20, 9, 8, 2, torch.bfloat16)
+    ids = routing.ids % 4 + 4  # the upper four
+    ids[:, 1] = (ids[:, 0] + 1) % 4 + 4
+    order = ids.flatten().argsort(stable=True).int()
+    starts = torch.nn.functional.pad(torch.bincount(ids.flatten(), minlength=8).cumsum(0), (1, 0)).int()
+    routing = ops.Routing(ids, routing.weights, order, starts)
+    want = run_triton(x, gate_up, down, routing)
+    assert_close(want, expected(x, gate_up, down, routing), exact=exact(x, gate_up, down, routing))
+    gate_up, down = gate_up.clone(), down.clone()
+    gate_up[:4], down[:4] = torch.nan, torch.nan
+    assert_equal(run_triton(x, gate_up, down, routing), want)
+
+
+@pytest.mark.parametrize("tokens", [VECTOR_ROWS, 20])
+def test_triton_a_token_of_nan_fails_alone(tokens):
+    x, gate_up, down, routing = inputs(tokens, 20, 9, 4, 2, torch.bfloat16)
+    want = run_triton(x, gate_up, down, routing)
+    x = x.clone()
+    x[3] = torch.nan
+    out = torch.zeros_like(x, device=DEVICE)
+    given = (x, gate_up, down, routing.weights, routing.order, routing.starts)
+    triton_kernel().expert_mlp(*(tensor.to(DEVICE) for tensor in given), out)
+    assert out[3].isnan().all()
+    others = torch.arange(tokens) != 3
+    assert_equal(out.cpu()[others], want[others])
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("hostile", [-(2**31), 2**31 - 1, 99])
+def test_triton_a_wrong_grouping_touches_nothing_else(tokens, hostile):
+    """Whatever order and starts say: no address outside is read or written.  (The interpreter would crash on the large ones.)"""
+    x, gate_up, down, routing = inputs(tokens, 9, 9, 4, 2, torch.float32)
+    for field in ("order", "starts"):
+        for at in (0, 2, -1):
+            wrong = getattr(routing, field).clone()
+            wrong[at] = hostile
+            told = routing._replace(**{field: wrong})
+            given = (x, gate_up, down, told.weights, told.order, told.starts)
+            buffer = torch.full((x.numel() + 512,), 7.0, device=DEVICE)
+            triton_kernel().expert_mlp(*(fenced(tensor.to(DEVICE)) for tensor in given), buffer[256:-256].view(x.shape))
+            assert (buffer[:256] == 7).all()
+            assert (buffer[-256:] == 7).all()
+
+
+def test_what_cuda_runs():
+    """The function that is registered for it, which needs no CUDA where the interpreter runs: strided inputs, and fp64 in torch."""
+    x, gate_up, down, routing = inputs(5, 16, 24, 4, 2, torch.bfloat16)
+    want = run_triton(x, gate_up, down, routing)
+    given = (x, gate_up, down, routing.weights, routing.order, routing.starts)
+    assert_equal(expert_ops._expert_mlp_cuda(*(every_other(tensor.to(DEVICE)) for tensor in given)).cpu(), want)
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in given]
+    assert_equal(expert_ops._expert_mlp_cuda(*wide), reference.expert_mlp(*wide))
+    whole = [(tensor * 10).round().clamp(-127, 127).to(torch.int8) for tensor in (gate_up, down)]
+    scales = torch.full((4, 48), 0.1), torch.full((4, 16), 0.1)
+    assert_equal(expert_ops._expert_mlp_cuda(x, *whole, *given[3:], *scales), reference.expert_mlp(x, *whole, *given[3:], *scales))
+    rows = {row.device: row for row in ops.implementations() if row.operator == "expert_mlp"}
+    assert (rows["cpu"].name, rows["cuda"].name) == ("cpp", "triton")
+    assert "int8 in plain torch" in rows["cuda"].reason
+
+
+def test_the_chooser_follows_the_rows_of_an_expert():
+    for tokens, top_k, itemsize in itertools.product((1, 8, 9, 64, 256, 1024, 2048, 18_000), (1, 6), (2, 4)):
+        assert expert_tile(tokens * top_k, 64, itemsize) in expert_tiles(itemsize)
+    assert [expert_tile(6 * tokens, 64, 2) for tokens in (9, 170, 171, 1024, 2048)] == [
+        EXPERT_FEW,
+        EXPERT_FEW,
+        EXPERT_SOME,
+        EXPERT_SOME,
+        EXPERT_MANY,
+    ]
+
+
+def test_there_are_blocks_enough_for_any_starts():
+    rng = generator("expert_blocks")
+    for block_m in (16, 64, 128):
+        for _ in range(50):
+            counts = torch.randint(0, 200, (8,), generator=rng) * (torch.rand(8, generator=rng) < 0.6)
+            starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).tolist()
+            blocks = [(starts[e] // block_m + e, -(-int(counts[e]) // block_m)) for e in range(8)]
+            for (first, needed), (following, _) in itertools.pairwise(blocks):
+                assert first + needed <= following
+            assert sum(blocks[-1]) <= expert_blocks(starts[-1], 8, block_m)

@@ -93,7 +93,7 @@ class MachineCode:
             yield f"a dot of 16-bit operands, and no {TENSOR_CORE[self.arch]}"
 
 
-def build(kernel, arguments, options, folder):
+def build(kernel, arguments, options, folder, *, has_small_dots=False):
     """Through the JIT's own specialisation, as a launch would."""
     compiled = kernel.warmup(*arguments, grid=(1,), **options)
     arch = compiled.metadata.target.arch
@@ -102,7 +102,8 @@ def build(kernel, arguments, options, folder):
     usage = run_tool("cuobjdump", "-res-usage", cubin)
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     sass = run_tool("nvdisasm", "-c", cubin)
-    local_accesses, tensor_core = (len(re.findall(rf"\b(?:{name})\b", sass)) for name in ("LDL|STL", TENSOR_CORE[arch]))
+    products = "HMMA" if has_small_dots else TENSOR_CORE[arch]
+    local_accesses, tensor_core = (len(re.findall(rf"\b(?:{name})\b", sass)) for name in ("LDL|STL", products))
     return MachineCode(arch, registers, stack, local_accesses, tensor_core, compiled.metadata.shared)
 
 
@@ -112,7 +113,7 @@ def run_tool(name, *arguments):
 
 @pytest.mark.parametrize("case", CASES)
 def test_triton(case, arch, tmp_path):
-    code = build(case.kernel, case.arguments, case.options, tmp_path)
+    code = build(case.kernel, case.arguments, case.options, tmp_path, has_small_dots=case.has_small_dots)
     print(code)
     assert code.arch == arch
     assert not list(code.faults(tensor_cores=case.tensor_cores))

@@ -1,12 +1,16 @@
-"""rope_cache: every instruction set against the reference, in place and nowhere else."""
+"""rope_cache: every instruction set and the Triton kernel against the reference, in place and nowhere else."""
+
+from importlib import import_module
 
 import pytest
 import torch
 
 from optmem import ops, reference
 from optmem.errors import InputError
+from optmem.kernels.launch import rope_tile
 from optmem.model.decoder import rope_table
-from optmem.testing import assert_close, assert_equal, available_isas, fenced, forced_isa, generator
+from optmem.ops import decoding
+from optmem.testing import assert_close, assert_equal, available_isas, every_other, fenced, forced_isa, generator
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -34,7 +38,11 @@ def run(op, arguments):
 def test_matches_reference(isa, dtype, tokens, heads, dim):
     arguments = inputs(tokens, heads, dim, dtype)
     with forced_isa(isa):
-        queries, keys, values = run(ops.rope_cache, arguments)
+        assert_right(run(ops.rope_cache, arguments), arguments)
+
+
+def assert_right(got, arguments):
+    queries, keys, values = got
     expected_queries, expected_keys, expected_values = run(reference.rope_cache, arguments)
     exact = run(reference.rope_cache, [t.double() if t.is_floating_point() else t for t in arguments])
     assert_equal(values.nan_to_num(7.0), expected_values.nan_to_num(7.0))
@@ -90,3 +98,69 @@ def test_no_tokens_other_types_and_opcheck():
     half = [t.half() if t.is_floating_point() else t for t in arguments]
     assert_equal(run(ops.rope_cache, half)[1], run(reference.rope_cache, half)[1])
     torch.library.opcheck(torch.ops.optmem.rope_cache, arguments)
+
+
+# --- Triton ---------------------------------------------------------------------------------------------------------------------
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def triton_kernel():
+    pytest.importorskip("triton")
+    return import_module("optmem.kernels.rope_cache")
+
+
+def run_triton(arguments):
+    """The launcher itself; all that it reads lies between guard bands, and so do the caches and queries that it writes."""
+    buffers = [torch.full((t.numel() + 512,), 7, dtype=t.dtype, device=DEVICE) for t in arguments]
+    inside = [buffer[256:-256].view(t.shape).copy_(t) for buffer, t in zip(buffers, arguments, strict=True)]
+    triton_kernel().rope_cache(*inside)
+    for buffer in buffers:
+        assert (buffer[:256] == 7).all()
+        assert (buffer[-256:] == 7).all()
+    return [inside[at].cpu() for at in (0, 6, 7)]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim"), [(1, 1, 2), (3, 2, 10), (5, 10, 128), (4, 6, 64), (9, 3, 34), (1, 33, 130), (2, 0, 8), (0, 2, 8)]
+)
+def test_triton_matches_reference(dtype, tokens, heads, dim):
+    arguments = inputs(tokens, heads, dim, dtype)
+    assert_right(run_triton(arguments), arguments)
+
+
+def test_triton_writes_no_cell_that_is_not_there():
+    """Such a token's query is NaN, and nothing else has changed; absurd negative slots are nowhere, like any other."""
+    arguments = inputs(5, 2, 8, torch.bfloat16)
+    expected = run(reference.rope_cache, [t[[0, 1, 4]] if at < 6 else t for at, t in enumerate(arguments)])
+    arguments[5][[1, 2, 3]] = torch.tensor([-(2**62), 48, 2**62])
+    queries, *caches = run_triton(arguments)
+    assert queries.isnan().flatten(1).all(1).tolist() == [False, False, True, True, False]
+    assert_close(queries[[0, 1, 4]], expected[0], exact=expected[0].double())
+    for got, want in zip(caches, expected[1:], strict=True):
+        assert_equal(got.isnan(), want.isnan())
+
+
+def test_what_cuda_runs():
+    """The function that is registered for it, which needs no CUDA where the interpreter runs: strided inputs, and fp64 in torch."""
+    arguments = [t.to(DEVICE) for t in inputs(5, 2, 8, torch.bfloat16)]
+    strided = [every_other(t) if 1 <= at <= 5 else t.clone() for at, t in enumerate(arguments)]
+    decoding._rope_cache_cuda(*strided)
+    for at, want in zip((0, 6, 7), run_triton(arguments), strict=True):
+        assert_equal(strided[at].cpu().nan_to_num(7), want.nan_to_num(7))
+    wide = [t.double() if t.is_floating_point() else t for t in arguments]
+    for got, want in zip(run(decoding._rope_cache_cuda, wide), run(reference.rope_cache, wide), strict=True):
+        assert_equal(got.nan_to_num(7), want.nan_to_num(7))
+    rows = {row.device: row.name for row in ops.implementations() if row.operator == "rope_cache"}
+    assert rows["cuda"] == "triton"
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(1, 2), (10, 128), (6, 64), (3, 34), (33, 130), (7, 4096), (200, 64)])
+def test_the_chooser_keeps_its_promises(heads, dim):
+    tile = rope_tile(heads, dim)
+    assert tile.BLOCK_D // 2 < dim // 2 <= tile.BLOCK_D
+    values = tile.BLOCK_H * tile.BLOCK_D
+    assert values <= max(2048, tile.BLOCK_D)
+    assert 1 <= tile.num_warps <= 8
+    assert heads <= tile.BLOCK_H or values >= 2048

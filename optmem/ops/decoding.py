@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,8 @@ from optmem.ops.registry import (
     cpp_or_reference,
     described,
     library,
-    torch_on_cuda,
+    triton_for,
+    triton_or_reference,
 )
 
 # --- linear_rows ----------------------------------------------------------------------------------------------------------------
@@ -131,11 +130,29 @@ def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-torch.library.impl(library, "rms_norm", "CUDA")(reference.rms_norm)
-torch.library.impl(library, "add_rms_norm", "CUDA")(reference.add_rms_norm)
+@torch.library.impl(library, "rms_norm", "CUDA")
+def _rms_norm_cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    kernel = triton_for("rms_norm", x)
+    if kernel is None:
+        return reference.rms_norm(x, weight, eps)
+    out: Tensor = _rms_norm_fake(x, weight, eps)
+    kernel.rms_norm(x.contiguous(), weight.contiguous(), eps, out)
+    return out
+
+
+@torch.library.impl(library, "add_rms_norm", "CUDA")
+def _add_rms_norm_cuda(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    kernel = triton_for("rms_norm", x)
+    if kernel is None:
+        return reference.add_rms_norm(x, residual, weight, eps)
+    total, out = _add_rms_norm_fake(x, residual, weight, eps)
+    kernel.add_rms_norm(x.contiguous(), residual.contiguous(), weight.contiguous(), eps, total, out)
+    return total, out
+
+
 for _name in ("rms_norm", "add_rms_norm"):
     described.append(cpp_or_reference(_name))
-    described.append(partial(torch_on_cuda, _name))
+    described.append(triton_or_reference(_name, "rms_norm"))
 
 
 # --- silu_mul -------------------------------------------------------------------------------------------------------------------
@@ -166,9 +183,18 @@ def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-torch.library.impl(library, "silu_mul", "CUDA")(reference.silu_mul)
+@torch.library.impl(library, "silu_mul", "CUDA")
+def _silu_mul_cuda(gate: Tensor, up: Tensor) -> Tensor:
+    kernel = triton_for("silu_mul", gate)
+    if kernel is None:
+        return reference.silu_mul(gate, up)
+    out: Tensor = gate.new_empty(gate.shape)
+    kernel.silu_mul(gate.contiguous(), up.contiguous(), out)
+    return out
+
+
 described.append(cpp_or_reference("silu_mul"))
-described.append(partial(torch_on_cuda, "silu_mul"))
+described.append(triton_or_reference("silu_mul"))
 
 
 # --- rope_cache -----------------------------------------------------------------------------------------------------------------
@@ -195,6 +221,9 @@ def rope_cache(
     cos, sin                 [T, D / 2]    of every position, rounded to the same type: channel i turns with channel i + D / 2
     slots                    int64 [T]     cell page * page_size + offset of every token; a negative one writes nothing
     key_cache, value_cache   [pages, page_size, H, D], contiguous
+
+    Raises InputError where a slot lies behind the cache.  On CUDA the host does not wait to see that: the token is written nowhere
+    and its query becomes NaN.
     """
     check_float("rope_cache", "queries", queries, 3)
     tokens, heads, dim = queries.shape
@@ -233,6 +262,24 @@ def _rope_cache_cpu(
 
 
 @torch.library.impl(library, "rope_cache", "CUDA")
+def _rope_cache_cuda(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> None:
+    kernel = triton_for("rope_cache", queries)
+    if kernel is None:
+        return _rope_cache_checked(queries, keys, values, cos, sin, slots, key_cache, value_cache)
+    read = (tensor.contiguous() for tensor in (keys, values, cos, sin, slots))
+    kernel.rope_cache(queries, *read, key_cache, value_cache)
+    return None
+
+
 def _rope_cache_checked(
     queries: Tensor,
     keys: Tensor,
@@ -266,7 +313,7 @@ def _rope_cache_fake(
 
 
 described.append(cpp_or_reference("rope_cache"))
-described.append(partial(torch_on_cuda, "rope_cache"))
+described.append(triton_or_reference("rope_cache"))
 
 
 # --- paged_attention ------------------------------------------------------------------------------------------------------------
@@ -301,8 +348,10 @@ def paged_attention(
     window                                     query i sees key j <= i if j < prompt or j > i - window; None sees all
     -> [T, H, D]
 
-    Softmax and sums in fp32.  On CPU a query's result does not depend on what else is asked, bit for bit.  Cells of a page that
-    is attended to must hold finite numbers up to the sequence's length.  Raises InputError where the table points outside.
+    Softmax and sums in fp32.  On CPU a query's result does not depend on what else is asked, bit for bit; on CUDA not on batch
+    mates, nor on whether a sequence asks with one token or with a few.  Cells of a page that is attended to must hold finite
+    numbers up to the sequence's length.
+    Raises InputError where the table points outside; on CUDA the host does not wait to see that, and such a query becomes NaN.
     """
     check_float("paged_attention", "queries", queries, 3)
     check(keys.dim() == 4, f"paged_attention: keys must be [pages, page_size, H, D], got {list(keys.shape)}")
@@ -348,6 +397,26 @@ def _paged_attention_cpu(
 
 
 @torch.library.impl(library, "paged_attention", "CUDA")
+def _paged_attention_cuda(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    prompts: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    kernel = triton_for("paged_attention", queries)
+    inputs = (queries, keys, values, table, starts, lengths, prompts)
+    if kernel is None:
+        return _paged_attention_checked(*inputs, window, scale)
+    out = queries.new_empty(queries.shape)
+    kernel.paged_attention(*(tensor.contiguous() for tensor in inputs), window, scale, out)
+    return out
+
+
 def _paged_attention_checked(
     queries: Tensor,
     keys: Tensor,
@@ -396,4 +465,4 @@ def _paged_attention_fake(
 
 
 described.append(cpp_or_reference("paged_attention"))
-described.append(partial(torch_on_cuda, "paged_attention"))
+described.append(triton_or_reference("paged_attention"))

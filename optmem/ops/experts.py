@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,8 @@ from optmem.ops.registry import (
     cpp_or_reference,
     described,
     library,
-    torch_on_cuda,
+    triton_for,
+    triton_or_reference,
 )
 
 # --- route ----------------------------------------------------------------------------------------------------------------------
@@ -73,9 +73,18 @@ def _route_fake(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, 
     return ids, weights, order, x.new_empty((weight.shape[0] + 1,), dtype=torch.int32)
 
 
-torch.library.impl(library, "route", "CUDA")(reference.route)
+@torch.library.impl(library, "route", "CUDA")
+def _route_cuda(x: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernel = triton_for("route", x)
+    if kernel is None:
+        return reference.route(x, weight, top_k)
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _route_fake(x, weight, top_k)
+    kernel.route(x.contiguous(), weight.contiguous(), *out)
+    return out
+
+
 described.append(cpp_or_reference("route"))
-described.append(partial(torch_on_cuda, "route"))
+described.append(triton_or_reference("route"))
 
 
 # --- expert_mlp -----------------------------------------------------------------------------------------------------------------
@@ -102,6 +111,7 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, scale
     -> [T, D]
 
     On CPU a token's result does not depend on the others, bit for bit.
+    Raises InputError where order or starts point outside; on CUDA the host does not wait to see that, and such pairs are undefined.
     """
     check_float("expert_mlp", "x", x, 2)
     check(down.dim() == 3, f"expert_mlp: down must be [E, {x.shape[1]}, F], got {list(down.shape)}")
@@ -160,6 +170,24 @@ def _expert_mlp_cpu(
 
 
 @torch.library.impl(library, "expert_mlp", "CUDA")
+def _expert_mlp_cuda(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
+) -> Tensor:
+    kernel = triton_for("expert_mlp", x) if gate_up.dtype == x.dtype else None
+    if kernel is None:
+        return _expert_mlp_checked(x, gate_up, down, weights, order, starts, gate_up_scales, down_scales)
+    out = x.new_empty(x.shape)
+    kernel.expert_mlp(*(tensor.contiguous() for tensor in (x, gate_up, down, weights, order, starts)), out)
+    return out
+
+
 def _expert_mlp_checked(
     x: Tensor,
     gate_up: Tensor,
@@ -194,4 +222,4 @@ def _expert_mlp_fake(
 
 
 described.append(cpp_or_reference("expert_mlp"))
-described.append(partial(torch_on_cuda, "expert_mlp"))
+described.append(triton_or_reference("expert_mlp", but="; int8 in plain torch"))

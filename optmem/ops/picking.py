@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,8 @@ from optmem.ops.registry import (
     cpp_or_reference,
     described,
     library,
-    torch_on_cuda,
+    triton_for,
+    triton_or_reference,
 )
 
 library.define(
@@ -140,7 +139,32 @@ def _draw(
     ids[rows] = reference.draw_token(guarded, temperature[rows], top_p[rows], chance[rows])
 
 
-torch.library.impl(library, "pick_token", "CUDA")(reference.pick_token)
+@torch.library.impl(library, "pick_token", "CUDA")
+def _pick_token_cuda(
+    logits: Tensor,
+    history: Tensor,
+    guard_size: Tensor,
+    guard_window: Tensor,
+    allowed: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    chance: Tensor,
+    most_guard: int,
+    is_sampled: bool,
+    confidence_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    guard = (history, guard_size, guard_window, allowed)
+    kernel = triton_for("pick_token", logits) if logits.dtype == torch.float32 else None
+    if kernel is None:
+        heat = (temperature, top_p, chance)
+        return reference.pick_token(logits, *guard, *heat, most_guard, is_sampled, confidence_temperature)
+    out: tuple[Tensor, Tensor, Tensor] = _pick_token_fake(logits)
+    if is_sampled:  # for all rows: to know which of them draw, the host would have to wait
+        guarded = reference.guard_repeats(logits, *guard, most_guard)
+        out[0].copy_(reference.draw_token(guarded, temperature, top_p, chance))
+    inputs = (tensor.contiguous() for tensor in (logits, *guard, temperature))
+    kernel.pick_token(*inputs, most_guard, is_sampled, confidence_temperature, *out)
+    return out
 
 
 @torch.library.register_fake("optmem::pick_token")
@@ -150,4 +174,4 @@ def _pick_token_fake(logits: Tensor, *others: Tensor | float) -> tuple[Tensor, T
 
 
 described.append(cpp_or_reference("pick_token"))
-described.append(partial(torch_on_cuda, "pick_token"))
+described.append(triton_or_reference("pick_token", but="; what is drawn is sorted by torch"))

@@ -64,13 +64,25 @@ def triton_module(operator: str) -> ModuleType | None:
         return None
 
 
-def triton_or_reference(operator: str) -> Callable[[], Implementation]:
-    """How the CUDA rows read: Triton where it is installed, else the reference, and it says so."""
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_for(operator: str, tensor: Tensor) -> ModuleType | None:
+    """kernels/<operator>.py, where Triton is installed and the kernels speak the tensor's type."""
+    return triton_module(operator) if tensor.dtype in TRITON_TYPES else None
+
+
+def triton_or_reference(operator: str, module: str | None = None, but: str = "") -> Callable[[], Implementation]:
+    """How the CUDA rows read: Triton where it is installed, else the reference, and it says so.
+
+    module   the file, where it serves more than one operator;  but   what plain torch does nevertheless
+    """
+    file = module or operator
 
     def describe() -> Implementation:
-        if triton_module(operator) is None:
+        if triton_module(file) is None:
             return Implementation(operator, "cuda", "reference", "triton is not installed")
-        return Implementation(operator, "cuda", "triton", f"kernels/{operator}.py")
+        return Implementation(operator, "cuda", "triton", f"kernels/{file}.py{but}")
 
     return describe
 
@@ -190,7 +202,3 @@ def as_input_error() -> Iterator[None]:
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def torch_on_cuda(operator: str) -> Implementation:
-    return Implementation(operator, "cuda", "reference", "no kernel yet")
