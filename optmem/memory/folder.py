@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from optmem.errors import InputError, OutputError, SourceNotFoundError, StoreBusyError, StoreError
-from optmem.memory.blobs import BlobFolder, refusing
+from optmem.memory.blobs import BlobFolder, not_written, refusing
 from optmem.memory.locks import FileLock
 from optmem.memory.schema import BUSY_SECONDS, DATABASE
 
@@ -77,7 +77,6 @@ class MemoryFolder:
             os.fchmod(self._descriptor, 0o700)
             for name in ENTRIES & self.entries():
                 os.chmod(name, 0o700 if name == BLOBS else 0o600, dir_fd=self._descriptor)
-            os.fsync(self._descriptor)
 
     def _check_kinds(self) -> None:
         for name in ENTRIES:
@@ -130,6 +129,13 @@ class MemoryFolder:
             self.readers.held(alone=True, seconds=seconds, otherwise=otherwise),
         ):
             yield
+
+    def sync(self) -> None:
+        """Makes the names in the folder durable.  Raises as not_written."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise not_written(error) from None
 
     def entries(self) -> set[str]:
         """Names of what is in the folder."""

@@ -265,6 +265,7 @@ def _prepare(connection: sqlite3.Connection, folder: MemoryFolder) -> None:
     with telling():
         # What a failed disk left in the log is copied into the database, and synced there, before anything is built on it.
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    folder.sync()  # the log has its name now; SQLite syncs that too, but does not say where it fails
 
 
 def _check_version(connection: sqlite3.Connection) -> None:
