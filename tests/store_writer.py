@@ -29,13 +29,17 @@ def message(text, **more):
 
 
 def page(name, messages, line):
-    return NewPage(page_id(name), tuple(messages), "base", 640, 640, "6x12", 273, 900, lines=(NewLine(0, line, messages[0], messages[-1]),))
+    return NewPage(
+        page_id(name), tuple(messages), "base", 640, 640, "6x12", 273, 900, lines=(NewLine(0, line, messages[0], messages[-1]),)
+    )
 
 
 def prepare(path):
     """What is there before anything fails: two pages, the second with the secret."""
     with Store.open(path) as store, store.transaction() as change:
-        change.add_messages([message("first words"), message("second words"), message(f"a password {SECRET}"), message("its answer", joins=True)])
+        change.add_messages(
+            [message("first words"), message("second words"), message(f"a password {SECRET}"), message("its answer", joins=True)]
+        )
         for number, (name, messages, line) in enumerate([("first", [1, 2], "first row"), ("second", [3, 4], f"row {SECRET}")], 1):
             assert change.add_page(page(name, messages, line)) == number
             change.put_blob(number, "pixels", PIXELS[name], tier="base")
@@ -80,7 +84,15 @@ def state(store):
         readings = [view.readings(each.number, tier) for each in pages for tier in ("base", "small")]
         lines = [view.lines(each.number) for each in pages]
         found = [view.search(words, 9) for words in ("words", "row", "fifth")]
-        return list(view.messages()), pages, blobs, readings, lines, [[each.line for each in some] for some in found], list(view.receipts())
+        return (
+            list(view.messages()),
+            pages,
+            blobs,
+            readings,
+            lines,
+            [[each.line for each in some] for some in found],
+            list(view.receipts()),
+        )
 
 
 def run_steps(path):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,16 @@ def states(base, tmp_path_factory):
             with store.transaction() as change:
                 step(change)
             found.append(writer.state(store))
-    assert all(one != two for one, two in zip(found, found[1:], strict=False))
+    assert all(one != two for one, two in pairwise(found))
     return found
 
 
 def run_traced(path, log, *options):
     """The steps under strace; what the process said, and its return code."""
     command = [strace, "-f", "-y", "-s", "40", "-o", str(log), f"--trace={CALLS}", *options]
-    done = subprocess.run([*command, sys.executable, "-B", str(WRITER), "steps", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, sys.executable, "-B", str(WRITER), "steps", str(path)], capture_output=True, text=True, check=False
+    )
     return done.stdout.splitlines(), done.returncode, done.stderr
 
 
@@ -141,7 +144,9 @@ def test_every_fault(base, states, calls, tmp_path, action):
 def between(calls, first, last):
     """The calls between two lines that the process said."""
     texts = [line for _, _, line in calls]
-    start = next((number for number, line in enumerate(texts) if "write(1<" in line and f'"{first}' in line), -1)  # or the beginning
+    start = next(
+        (number for number, line in enumerate(texts) if "write(1<" in line and f'"{first}' in line), -1
+    )  # or the beginning
     end = next(number for number, line in enumerate(texts) if "write(1<" in line and f'"{last}' in line)
     return calls[start + 1 : end]
 
@@ -171,7 +176,9 @@ def test_a_sync_that_fails_once_is_never_acknowledged(base, states, calls, tmp_p
     assert len(syncs) == 4  # the file, its folder, the log's head, the commit
     for name, number in syncs:
         said = strike(base, states, tmp_path, name, number, "error=EIO")
-        assert said == ["opened", "begin add", "failed add DiskFailedError", "closed"], "and nothing goes on until it is opened again"
+        assert said == ["opened", "begin add", "failed add DiskFailedError", "closed"], (
+            "and nothing goes on until it is opened again"
+        )
 
 
 @needs_strace

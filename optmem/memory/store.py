@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Self
 
-from optmem.errors import DiskFailedError, OptmemError, StoreDamagedError, StoreError, StoreVersionError
+from optmem.errors import DiskFailedError, OptmemError, OutputError, StoreDamagedError, StoreError, StoreVersionError
 from optmem.memory.blobs import UNFINISHED, not_written
 from optmem.memory.check import Verified, verify
 from optmem.memory.erase import needs_scrub, scrub
@@ -151,7 +151,7 @@ class Store(_Opened):
                 self._roll_back()
                 change.take_back()
                 raise
-            self._commit()
+            self._commit(change)
             if change.erases:
                 self._forget_for_good()
         self._sweep()
@@ -191,14 +191,16 @@ class Store(_Opened):
         """What a failed disk said it kept may be lost, and a later sync that succeeds says nothing about it."""
         self._failed = self._failed or isinstance(error, DiskFailedError)
 
-    def _commit(self) -> None:
-        """Files stay where the commit fails: its log may yet be found whole, and rows must not name what is not there."""
+    def _commit(self, change: Transaction) -> None:
+        """Where the disk fails, files stay until the memory is opened again: the log may yet be found whole, and name them."""
         try:
             with telling():
                 self._connection.execute("COMMIT")
         except BaseException as error:
             self._note(error)
             self._roll_back()
+            if isinstance(error, OutputError):  # no space: the log's last page was not written
+                change.take_back()
             raise
 
     def _roll_back(self) -> None:

@@ -83,6 +83,8 @@ class Transaction(View):
         self._do_all(f"INSERT INTO lines({columns}) VALUES(?, ?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT))", rows)
 
     def _check_messages(self, messages: Sequence[int]) -> None:
+        for seq in messages:
+            check_integer(seq, "numbers of messages", least=1)
         query = "SELECT value FROM json_each(?) WHERE value NOT IN (SELECT seq FROM messages) LIMIT 1"
         absent = self._rows(query, (json.dumps(list(messages)),))
         if absent:
@@ -185,6 +187,8 @@ class Transaction(View):
 
     def drop_blob(self, page: int, kind: str) -> None:
         """Lets go of a page's file of a kind, if it has one."""
+        self.page(page)
+        check_word(kind, "a kind of file")
         self._do("DELETE FROM blobs WHERE page = ? AND kind = ?", (page, kind))
 
     def put_readings(self, page: int, tier: str, readings: Sequence[Reading]) -> None:
@@ -200,6 +204,7 @@ class Transaction(View):
 
     def drop_readings(self, page: int) -> None:
         """Lets go of all that was read of a page."""
+        self.page(page)
         self._do("DELETE FROM readings WHERE page = ?", (page,))
 
     # Forgetting

@@ -18,12 +18,14 @@ from optmem.memory.records import (
     StoredPage,
     StoredReceipt,
     check_integer,
+    check_word,
 )
 from optmem.memory.schema import telling
 from optmem.memory.words import phrase, words
 
 MANY = 1000  # lines: a word that so many have tells little
 RANKED = 4000  # lines that one question ranks; 1,000 take 2 ms
+LAST = (1 << 63) - 1  # the largest number that SQLite has
 AT_ONCE = 500  # rows fetched by one query: memory stays flat however long the history
 _MESSAGE = "seq, group_seq, role, content, tokens, time"
 _PAGE = (
@@ -51,14 +53,13 @@ class View:
 
     def messages(self, first: int = 1, last: int | None = None) -> Iterator[StoredMessage]:
         """In order of their numbers, from first to last, both counted in."""
-        check_integer(first, "numbers of messages", least=0)
-        if last is not None:
-            check_integer(last, "numbers of messages", least=0)
-        yield from self._messages("1", first, (1 << 63) - 1 if last is None else last)
+        last = LAST if last is None else last
+        _check(first, last)
+        yield from self._messages("1", first, last)
 
     def unpaged(self) -> Iterator[StoredMessage]:
         """Those that no page shows, in order."""
-        yield from self._messages("NOT EXISTS(SELECT 1 FROM shown WHERE message = seq)", 1, (1 << 63) - 1)
+        yield from self._messages("NOT EXISTS(SELECT 1 FROM shown WHERE message = seq)", 1, LAST)
 
     def _messages(self, condition: str, first: int, last: int) -> Iterator[StoredMessage]:
         query = f"SELECT {_MESSAGE} FROM messages WHERE seq BETWEEN ? AND ? AND {condition} ORDER BY seq LIMIT {AT_ONCE}"  # noqa: S608
@@ -84,7 +85,7 @@ class View:
 
     def page(self, number: int) -> StoredPage:
         """Raises InputError where there is none of this number."""
-        check_integer(number, "numbers of pages", least=0)
+        _check(number)
         rows = self._rows(f"SELECT {_PAGE} FROM pages WHERE number = ?", (number,))  # noqa: S608
         if not rows:
             raise InputError(f"the memory has no page {number}; it may have been forgotten")
@@ -98,15 +99,18 @@ class View:
 
     def pages_showing(self, first: int, last: int) -> list[int]:
         """Numbers of the pages that show any of these messages."""
+        _check(first, last)
         query = "SELECT DISTINCT page FROM shown WHERE message BETWEEN ? AND ? ORDER BY page"
         return [int(str(number)) for (number,) in self._rows(query, (first, last))]
 
     def messages_on(self, page: int) -> list[int]:
         """Numbers of the messages that a page shows."""
+        _check(page)
         return [int(str(seq)) for (seq,) in self._rows("SELECT message FROM shown WHERE page = ? ORDER BY message", (page,))]
 
     def messages_only_on(self, pages: Sequence[int]) -> list[int]:
         """Numbers of the messages that these pages show and no other page does."""
+        _check(*pages)
         query = (
             "SELECT DISTINCT message FROM shown WHERE page IN (SELECT value FROM json_each(?)) AND message NOT IN"
             " (SELECT message FROM shown WHERE page NOT IN (SELECT value FROM json_each(?))) ORDER BY message"
@@ -118,6 +122,7 @@ class View:
 
     def lines(self, page: int) -> list[StoredLine]:
         """The rows of a page that the index has, from the top."""
+        _check(page)
         return [StoredLine(*row) for row in self._rows(f"SELECT {_LINE} FROM lines WHERE page = ? ORDER BY row", (page,))]  # type: ignore[arg-type]  # noqa: S608
 
     def search(self, question: str, limit: int = 10) -> list[Found]:
@@ -154,15 +159,18 @@ class View:
 
     def blobs(self, page: int) -> list[Blob]:
         """The files of a page."""
+        _check(page)
         query = "SELECT page, kind, name, size, tier, place FROM blobs WHERE page = ? ORDER BY kind"
         return [Blob(*row) for row in self._rows(query, (page,))]  # type: ignore[arg-type]
 
     def blob(self, page: int, kind: str) -> bytes:
         """The bytes of a page's file, verified.  Raises InputError where it has none of the kind, PageCorrupted where damaged."""
+        _check(page)
+        check_word(kind, "a kind of file")
         rows = self._rows("SELECT name FROM blobs WHERE page = ? AND kind = ?", (page, kind))
         if not rows:
             known = ", ".join(blob.kind for blob in self.blobs(self.page(page).number)) or "nothing"
-            raise InputError(f"page {page} has no {str(kind)[:40]!r}, it has {known}")
+            raise InputError(f"page {page} has no {kind!r}, it has {known}")
         try:
             return self._blobs.read(str(rows[0][0]))
         except BlobDamaged as damage:
@@ -175,6 +183,8 @@ class View:
 
     def readings(self, page: int, tier: str) -> dict[int, Reading]:
         """What was read of a page at a tier, by row."""
+        _check(page)
+        check_word(tier, "a tier")
         query = "SELECT row, text, confidence FROM readings WHERE page = ? AND tier = ? ORDER BY row"
         found = [Reading(*row) for row in self._rows(query, (page, tier))]  # type: ignore[arg-type]
         return {reading.row: reading for reading in found}
@@ -183,6 +193,7 @@ class View:
 
     def receipts(self, after: int = 0) -> Iterator[StoredReceipt]:
         """Oldest first, those behind the one of this number."""
+        check_integer(after, "numbers of receipts", least=0)
         query = f"SELECT number, time, content FROM receipts WHERE number > ? ORDER BY number LIMIT {AT_ONCE}"  # noqa: S608
         while rows := self._rows(query, (after,)):
             found = [StoredReceipt(*row) for row in rows]  # type: ignore[arg-type]
@@ -211,6 +222,12 @@ class View:
             blob_bytes=int(str(size)),
             database_bytes=ask("PRAGMA page_count") * ask("PRAGMA page_size"),
         )
+
+
+def _check(*numbers: object) -> None:
+    """Raises InputError for what is no number of a page or message: SQLite would take "1" and True for 1."""
+    for number in numbers:
+        check_integer(number, "numbers of pages and messages", least=0)
 
 
 def _page(row: tuple[object, ...]) -> StoredPage:
