@@ -22,6 +22,8 @@ from optmem.errors import (
     StoreVersionError,
 )
 from optmem.memory import schema
+from optmem.memory.blobs import blob_name
+from optmem.memory.copy import copy_memory
 from optmem.memory.records import NewLine, NewMessage, NewPage, Reading
 from optmem.memory.store import Reader, Store
 
@@ -223,6 +225,23 @@ def test_history_is_read_in_parts(store):
         assert [each.seq for each in view.messages()] == list(range(1, 1701))
         assert [each.first for each in view.pages()] == list(range(1, 1201))
         assert [each.seq for each in view.unpaged()] == list(range(1201, 1701))
+
+
+def test_a_page_is_drawn_anew_without_losing_its_messages(store, path):
+    fill(store)
+    with store.transaction() as change:
+        change.drop_text([1, 2])
+    with pytest.raises(InputError, match="message 1 has no text"), store.transaction() as change:
+        change.drop_page(1)
+    with pytest.raises(InputError, match="message 1 has no text"), store.transaction() as change:
+        change.erase(pages=[1])
+    with store.transaction() as change:
+        change.drop_page(1)
+        assert change.add_page(page([1, 2], "gamma row")) == 3
+    assert found(store, "row") != []
+    assert found(store, "alpha") == []
+    assert len(list((path / "blobs").iterdir())) == 1
+    assert store.verify().is_clean
 
 
 # Searching
@@ -531,6 +550,23 @@ def test_a_copy_of_a_closed_memory_is_a_memory(store, path, tmp_path):
     shutil.copytree(path, tmp_path / "copy")
     with Store.open(tmp_path / "copy") as copy:
         assert copy.verify().is_clean
+        assert found(copy, "alpha") == ["alpha row"]
+
+
+def test_a_copy_is_one_state_while_it_is_written_to(store, path, tmp_path):
+    fill(store)
+    flip(path / "blobs" / blob_name(b"pixels of beta row"))
+    with Reader.open(path) as reader:
+        assert copy_memory(reader, tmp_path / "copy") == [2]
+        with store.transaction() as change:
+            change.add_messages([message("later")])
+        with pytest.raises(OutputError, match="already"):
+            copy_memory(reader, tmp_path / "copy")
+    with Store.open(tmp_path / "copy") as copy:
+        assert {problem.page for problem in copy.verify().problems} == {2}
+        with copy.snapshot() as view:
+            assert view.counts().messages == 5
+            assert view.blob(1, "pixels") == b"pixels of alpha row"
         assert found(copy, "alpha") == ["alpha row"]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from optmem.errors import OutputError, StoreBusyError, StoreError
+from optmem.errors import OutputError, StoreBusyError
 from optmem.memory.records import NewLine, NewMessage, NewPage
 from optmem.memory.store import Reader, Store
 
@@ -330,13 +331,47 @@ def test_too_many_open_files(path):
     assert run(program, path).split() == ["OutputError", "True"]
 
 
-def test_opening_is_refused_where_locks_are(path, monkeypatch):
-    """A file system that knows no locks, as some network ones: refused with words, never used without."""
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (Debian: apt-get install strace)")
+def test_opening_is_refused_where_there_are_no_locks(path):
+    """A file system without locks, as some network ones: refused with words, never used without."""
+    program = "import sys; from optmem.memory.store import Store; Store.open(sys.argv[1])"
+    command = ["strace", "-f", "-o", "/dev/null", "--inject=flock:error=ENOLCK", sys.executable, "-c", program, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "StoreError: this file system has no locks between processes" in done.stderr
+
+
+WRITE_IN_TURN = """
+    import sys
+    from optmem.errors import StoreBusyError
+    from optmem.memory.records import NewMessage
+    from optmem.memory.store import Store
+    done = 0
+    while done < 15:
+        try:
+            with Store.open(sys.argv[1]) as store, store.transaction() as change:
+                change.add_messages([NewMessage("user", '"%s %d"' % (sys.argv[2], done), 1, 0.0)])
+        except StoreBusyError:
+            continue
+        done += 1
+"""
+
+
+def test_writers_that_take_turns_lose_nothing(path):
+    """Open, write, checkpoint, close, over and over in four processes, with readers: the pattern of SQLite's WAL-reset fault."""
     Store.open(path).close()
-
-    def refuse(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("optmem.memory.locks.fcntl.flock", refuse)
-    with pytest.raises(StoreError, match="keep the memory on a local disk"):
-        Store.open(path)
+    writers = [run(WRITE_IN_TURN, path, n, wait=False) for n in range(4)]
+    with Reader.open(path) as reader:
+        seen = 0
+        while any(writer.poll() is None for writer in writers):
+            with reader.snapshot() as view:
+                count = view.counts().messages
+            assert count >= seen
+            seen = count
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    with Store.open(path) as store:
+        with store.snapshot() as view:
+            contents = [each.content for each in view.messages()]
+        assert sorted(contents) == sorted(f'"{n} {k}"' for n in range(4) for k in range(15))
+        assert store.verify().is_clean

@@ -26,6 +26,7 @@ class Transaction(View):
         self._stop_readers = stop_readers
         self._written: list[str] = []  # names of files that no committed row may name yet
         self._sheets: set[str] = set()  # contact sheets that a forgotten page was on
+        self._uncovered: set[int] = set()  # messages that a page showed which is dropped or forgotten
         self._parted: set[int] = set()  # groups of which something was forgotten
         self.erases = False
 
@@ -142,6 +143,16 @@ class Transaction(View):
             self._check_json(details)
             self._do("UPDATE pages SET details = ? WHERE number = ?", (details, number))
 
+    def drop_page(self, number: int) -> None:
+        """Takes a page away, with its files, lines and readings; its messages stay, and must be shown by another page or have text.
+
+        For drawing pages anew, in the same transaction: the index has the lines of new pages only.  What must not be readable
+        afterwards is forgotten with erase.
+        """
+        self.page(number)
+        self._uncovered |= set(self.messages_on(number))
+        self._do("DELETE FROM pages WHERE number = ?", (number,))
+
     def count_hit(self, number: int, time: float | None = None) -> None:
         """A page was recalled."""
         self.page(number)
@@ -213,12 +224,13 @@ class Transaction(View):
         """Forgets pages with their files, lines and readings, and messages with their text and lines.
 
         When the transaction is over, the bytes are gone from files, database and log too.  It does not commit where it would part
-        a group, or leave a page that shows a forgotten message: forget that page too, or add another in its place.  The same for
-        a contact sheet that a forgotten page shares with others: put them on another one.
+        a group, leave a page that shows a forgotten message (forget that page too, or add another in its place), leave a message
+        that has no text and is on no page, or leave pages on a contact sheet with a forgotten one (put them on another).
         Raises StoreBusyError where a reader keeps looking at an older state; nothing has changed then.
         """
         for number in pages:
             self.page(number)
+            self._uncovered |= set(self.messages_on(number))
         self._check_messages(messages)
         if not self.erases:
             self._stop_readers()
@@ -237,10 +249,20 @@ class Transaction(View):
 
     def settle(self) -> None:
         """What must hold before a commit.  Raises InputError where it does not, and as not_written where files are not durable."""
+        if self._uncovered:
+            self._check_uncovered()
         if self.erases:
             self._check_erased()
         if self._written:
             self._blobs.sync()
+
+    def _check_uncovered(self) -> None:
+        query = (
+            "SELECT seq FROM messages WHERE seq IN (SELECT value FROM json_each(?)) AND content IS NULL"
+            " AND seq NOT IN (SELECT message FROM shown) LIMIT 1"
+        )
+        for (seq,) in self._rows(query, (json.dumps(sorted(self._uncovered)),)):
+            raise InputError(f"message {seq} has no text and would be on no page: add a page that shows it, or forget it too")
 
     def _check_erased(self) -> None:
         query = "SELECT page, message FROM shown WHERE message NOT IN (SELECT seq FROM messages) LIMIT 1"

@@ -176,6 +176,14 @@ class View:
         except BlobDamaged as damage:
             raise PageCorrupted(f"the {kind} of page {page} {damage}: draw and encode it again, or forget it", page) from None
 
+    def bytes_of(self, blob: Blob) -> bytes:
+        """The verified bytes of a file.  Raises BlobDamaged."""
+        return self._blobs.read(blob.name)
+
+    def copy_rows(self, target: sqlite3.Connection) -> None:
+        """The whole database, as this connection sees it, into another."""
+        self._connection.backup(target)
+
     def pages_on(self, name: str) -> list[Blob]:
         """Every page that a file belongs to: the pages of a contact sheet."""
         query = "SELECT page, kind, name, size, tier, place FROM blobs WHERE name = ? ORDER BY place, page"
