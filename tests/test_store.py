@@ -278,6 +278,8 @@ def test_words_without_spaces_are_found(store):
 def test_words_of_many_lines_are_found_unranked_and_newest_first(store):
     with store.transaction() as change:
         change.add_messages([message(f"the thing number{n}") for n in range(1100)])
+        change.add_messages([message("the end") for n in range(1100)])
+    assert found(store, "end thing the")[0] == "the end", "no line has all of them"
     assert found(store, "the thing")[0] == "the thing number1099"
     assert found(store, "the thing number7")[0] == "the thing number7"
 

@@ -125,7 +125,7 @@ class Found:
     """A line that a question found."""
 
     line: StoredLine
-    score: float  # higher is better; BM25
+    score: float  # higher is better; BM25, and 0 where a question has only words that very many lines have
 
 
 @dataclass(frozen=True, slots=True)

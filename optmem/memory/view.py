@@ -24,6 +24,7 @@ from optmem.memory.schema import telling
 from optmem.memory.words import phrase, words
 
 MANY = 1000  # lines: a word that so many have tells little
+LATEST = 300  # lines looked at where a question has frequent words only
 RANKED = 4000  # lines that one question ranks; 1,000 take 2 ms
 LAST = (1 << 63) - 1  # the largest number that SQLite has
 AT_ONCE = 500  # rows fetched by one query: memory stays flat however long the history
@@ -31,7 +32,7 @@ _MESSAGE = "seq, group_seq, role, content, tokens, time"
 _PAGE = (
     "number, id, first, last, tier, height, width, cell, tokens, text_tokens, factsheet, details, is_pinned, weight, hits, last_hit"
 )
-_LINE = "page, row, first, last, text"
+_LINE = "page, row, first, last, lines.text"
 
 
 class View:
@@ -129,7 +130,7 @@ class View:
         """The lines that answer best, by BM25.  A word is searched as it stands: nothing in it is an operator.
 
         Words that very many lines have tell little and take long to rank (0.3 s for one in 300,000 lines), so they count only
-        where the question has no others: then the newest lines with all of them are found, unranked.
+        where the question has no others.  Then the latest lines with each of them are found, those with most of them first.
         """
         check_integer(limit, "a limit", least=0)
         asked = [phrase(word) for word in words(question)]
@@ -138,13 +139,28 @@ class View:
         often = {each: self._lines_with(each) for each in asked}
         telling_words = _rarest(often)
         if not telling_words:
-            everywhere = [each for each in asked if often[each] == MANY]
-            newest = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid DESC LIMIT ?"
-            found = self._rows(newest, (" AND ".join(everywhere), limit)) if everywhere else []
-            return [self._found(int(str(line)), 0.0) for (line,) in found]
+            return self._latest([each for each in asked if often[each] == MANY], words(question), limit)
         ranked = "SELECT rowid, -rank FROM words WHERE words MATCH ? ORDER BY rank, rowid DESC LIMIT ?"
         found = self._rows(ranked, (" OR ".join(telling_words), limit))
         return [self._found(int(str(line)), float(str(score))) for line, score in found]
+
+    def _latest(self, asked: list[str], plain: tuple[str, ...], limit: int) -> list[Found]:
+        """Of the latest lines with each of these words, those with most of them, the latest of equals first."""
+        query = (
+            f"SELECT line, {_LINE} FROM words JOIN lines ON line = words.rowid"  # noqa: S608
+            " WHERE words MATCH ? ORDER BY words.rowid DESC LIMIT ?"
+        )
+        lines: dict[int, StoredLine] = {}
+        for each in asked:
+            rows = self._rows(query, (each, max(limit, LATEST // len(asked))))
+            lines |= {int(str(number)): StoredLine(*row) for number, *row in rows}  # type: ignore[arg-type]
+        lowered = [word.lower() for word in plain]
+
+        def order(number: int) -> tuple[int, int]:
+            text = lines[number].text.lower()
+            return -sum(word in text for word in lowered), -number
+
+        return [Found(lines[number], 0.0) for number in sorted(lines, key=order)[:limit]]
 
     def _lines_with(self, asked: str) -> int:
         """How many lines have it, counted up to MANY."""
