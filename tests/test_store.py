@@ -773,6 +773,41 @@ def test_one_transaction_at_a_time_in_a_thread(store):
         assert view.counts().messages == 1
 
 
+def test_a_snapshot_that_is_over_tells_nothing(store, path):
+    fill(store)
+    with Reader.open(path) as reader, reader.snapshot() as view:
+        messages = view.messages()
+        assert next(messages).seq == 1
+    with store.transaction() as change:
+        pass
+    with pytest.raises(StoreError, match="over"):
+        view.counts()
+    with pytest.raises(StoreError, match="over"):
+        change.add_messages([message("too late")])
+    with store.snapshot() as now:
+        assert now.counts().messages == 5
+    with pytest.raises(StoreError, match="over"):
+        now.search("alpha")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "NaN", "[1, Infinity]", "[" * 100_000, '"\ud800"', None, 7, b"{}"], ids=lambda text: ascii(text)[:12]
+)
+def test_only_json_is_kept_where_json_is_kept(store, text):
+    fill(store)
+    with store.transaction() as change:
+        for attempt in (
+            lambda: change.add_receipt(text, 1.0),
+            lambda: change.set("name", text),
+            lambda: change.change_page(1, details=text or ""),
+        ):
+            with pytest.raises(InputError):
+                attempt()
+        with pytest.raises(InputError):
+            change.add_messages([NewMessage("user", 7, 1, 1.0)])
+    assert store.verify().is_clean
+
+
 def test_closed_is_closed(store, path):
     fill(store)
     reader = Reader.open(path)

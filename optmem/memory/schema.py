@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from optmem.errors import DiskFailedError, OutputError, StoreBusyError, StoreDamagedError, StoreError, StoreVersionError
+from optmem.errors import DiskFailedError, InputError, OutputError, StoreBusyError, StoreDamagedError, StoreError, StoreVersionError
 
 APPLICATION = 0x6F70746D  # "optm", in the header of the file
 VERSION = 1
@@ -101,6 +101,8 @@ def telling() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _told(error) from None
+    except UnicodeEncodeError:
+        raise InputError("half a surrogate pair cannot be kept in names, details, settings and receipts") from None
 
 
 def _told(error: sqlite3.Error) -> Exception:
@@ -152,6 +154,8 @@ def _text(content: bytes) -> str:
 
 def as_text(text: str) -> bytes:
     """For CAST(? AS TEXT): SQLite's own strings cannot hold half a surrogate pair."""
+    if not isinstance(text, str):
+        raise InputError(f"a memory keeps text, got {type(text).__name__}")
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -92,11 +92,12 @@ class Reader(_Opened):
             _check_version(self._connection)
             with telling():
                 self._connection.execute("BEGIN")
+            view = View(self._connection, self._folder.blobs)
             try:
-                view = View(self._connection, self._folder.blobs)
                 view.last_seq()  # the state is that of the first look
                 yield view
             finally:
+                view.end()
                 with suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
 
@@ -136,25 +137,28 @@ class Store(_Opened):
         Raises OutputError where the disk is full (a later try may succeed), StoreError where it failed, and what
         Transaction.erase tells of.
         """
-        with self._ready(), ExitStack() as held:
+        with self._ready():
             self._check_failed()
-            change = Transaction(
-                self._connection, self._folder.blobs, partial(held.enter_context, self._folder.without_readers(BUSY_SECONDS))
-            )
-            with telling():
-                self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield change
-                change.settle()
-            except BaseException as error:
-                self._note(error)
-                self._roll_back()
-                change.take_back()
-                raise
-            self._commit(change)
-            if change.erases:
-                self._forget_for_good()
-        self._sweep()
+            with ExitStack() as held:
+                stop_readers = partial(held.enter_context, self._folder.without_readers(BUSY_SECONDS))
+                change = Transaction(self._connection, self._folder.blobs, stop_readers)
+                with telling():
+                    self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield change
+                    change.settle()
+                except BaseException as error:
+                    self._note(error)
+                    self._roll_back()
+                    change.take_back()
+                    raise
+                else:
+                    self._commit(change)
+                finally:
+                    change.end()
+                if change.erases:
+                    self._forget_for_good()
+            self._sweep()
 
     @contextmanager
     def snapshot(self) -> Iterator[View]:
@@ -163,9 +167,11 @@ class Store(_Opened):
             self._check_failed()
             with telling():
                 self._connection.execute("BEGIN")
+            view = View(self._connection, self._folder.blobs)
             try:
-                yield View(self._connection, self._folder.blobs)
+                yield view
             finally:
+                view.end()
                 self._roll_back()
 
     def verify(self, needles: Sequence[str | bytes] = ()) -> Verified:
@@ -219,16 +225,18 @@ class Store(_Opened):
             raise DiskFailedError(f"forgotten, but its bytes are not overwritten yet: open the memory again ({error})") from None
 
     def _sweep(self) -> None:
-        """Removes files that were replaced, unless a reader looks at an older state: then after a later change, or at opening."""
-        with telling():
-            is_empty = self._connection.execute("SELECT NOT EXISTS(SELECT 1 FROM garbage)").fetchone()[0]
-        if is_empty or self._failed:
-            return
+        """Removes files that were replaced, unless a reader looks at an older state: then after a later change, or at opening.
+
+        What was asked for is done and durable, so nothing is raised; the files are listed until they are removed.
+        """
         try:
-            with self._folder.without_readers(0):
-                self._remove_garbage(wipe=False)
-        except (OptmemError, OSError):
-            return  # what was asked for is done and durable; the files are listed, and removed later
+            with telling():
+                is_empty = self._connection.execute("SELECT NOT EXISTS(SELECT 1 FROM garbage)").fetchone()[0]
+            if not is_empty:
+                with _writing(), self._folder.without_readers(0):
+                    self._remove_garbage(wipe=False)
+        except OptmemError as error:
+            self._note(error)
 
     def _remove_garbage(self, *, wipe: bool) -> None:
         with telling():

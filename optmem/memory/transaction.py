@@ -31,10 +31,12 @@ class Transaction(View):
         self.erases = False
 
     def _do(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        self._check_open()
         with telling():
             return self._connection.execute(statement, values)
 
     def _do_all(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        self._check_open()
         with telling():
             self._connection.executemany(statement, rows)
 
@@ -93,8 +95,8 @@ class Transaction(View):
 
     def _check_json(self, text: str) -> None:
         try:
-            json.loads(text)
-        except (ValueError, TypeError, RecursionError):
+            json.loads(as_text(text), parse_constant=_refuse)
+        except (ValueError, RecursionError):  # InputError too
             raise InputError("details, settings and receipts are kept as JSON texts") from None
 
     def add_receipt(self, content: str, time: float) -> int:
@@ -281,6 +283,10 @@ class Transaction(View):
             with suppress(OSError):
                 if not self.pages_on(name):
                     self._blobs.remove(name)
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _indexed(text: str) -> tuple[bytes, bytes | None]:

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 
-from optmem.errors import InputError, PageCorrupted
+from optmem.errors import InputError, PageCorrupted, StoreError
 from optmem.memory.blobs import BlobDamaged, BlobFolder
 from optmem.memory.records import (
     Blob,
@@ -40,8 +40,18 @@ class View:
 
     def __init__(self, connection: sqlite3.Connection, blobs: BlobFolder) -> None:
         self._connection, self._blobs = connection, blobs
+        self._is_over = False
+
+    def end(self) -> None:
+        """The block that this was given in is left: what is asked from now on would be of another state."""
+        self._is_over = True
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise StoreError("this snapshot or transaction is over: ask inside its block")
 
     def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[object, ...]]:
+        self._check_open()
         with telling():
             return self._connection.execute(query, values).fetchall()
 
