@@ -18,6 +18,7 @@ LAYERS = [
     {"images", "pixels", "inputs"},
     {"model"},
     {"engine"},
+    {"memory"},
     {"train"},
     {"demo", "demo_report", "reading_commands", "reading_output", "testing", "cli", "__main__"},
 ]
