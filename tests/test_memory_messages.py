@@ -15,8 +15,10 @@ from optmem.memory.parts import Attachment, Call, Other, Reference, Result, Text
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\nxyz").decode()
 OPENAI = [
     {"role": "system", "content": "Be brief."},
-    {"role": "user", "name": "Ada", "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+    {"role": "user", "name": "Ada", "content": [
+        {"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
     {"role": "tool", "tool_call_id": "c1", "content": "42", "weight": 0.5},
 ]  # fmt: skip
 ANTHROPIC = [
@@ -28,7 +30,8 @@ ANTHROPIC = [
     ]},
     {"role": "user", "content": [
         {"type": "tool_result", "tool_use_id": "t1", "is_error": True, "content": [
-            {"type": "text", "text": "a\nb"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}]},
+            {"type": "text", "text": "a\nb"},
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}]},
         {"type": "document", "title": "r.pdf", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}},
     ]},
 ]  # fmt: skip
@@ -146,7 +149,7 @@ def doubled():
         ({"role": "assistant", "tool_calls": [{"id": "a", "function": {"arguments": ""}}]}, "needs the name"),
         ({"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": {}}}]}, "JSON in a string"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}, "data:<type>;base64"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:text/html;base64,eA=="}}]}, "got 'text/html'"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "data:text/html;base64,eA=="}]}, "got 'text/html'"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,e A=="}}]}, "not base64"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": None}]}, "holds none"),
         ({"role": "user", "content": [{"type": "image", "source": {"type": "x"}}]}, "a source is of type"),
