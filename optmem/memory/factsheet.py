@@ -115,7 +115,7 @@ def _named(match: re.Match[str]) -> tuple[str, Kind] | None:
         text = match["inside"]
         inner = _ANY.fullmatch(text)
         kind = _kind_of(inner) if inner else None
-        return (text, kind if kind in FACTS and kind and _says(text, kind) else "quoted")  # type: ignore[return-value]
+        return (text, kind if kind in FACTS and kind and _says(text, kind) else "quoted")
     kind = _kind_of(match)
     if kind in ("url", "path", "email"):
         text = text.rstrip(_TRIM)

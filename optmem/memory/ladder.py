@@ -11,36 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
 
 from optmem.errors import InputError
 from optmem.memory.fidelity import Curve, Fidelity
+from optmem.memory.tiers import Choices, Tier
 from optmem.model.config import ModelConfig
 from optmem.model.modes import modes_of
 from optmem.pixels import MIN_CELL, Mode, find_mode
 
-Kind = Literal["text", "page", "sheet", "facts", "stored"]
 NANO_SIDES = (512, 384, 256)  # drawn at the first; nano reads what is drawn at a side best at that side
 SHEET_PAGES = 16  # pages on a contact sheet
-
-
-@dataclass(frozen=True, slots=True)
-class Tier:
-    """One step."""
-
-    name: str  # of a page, the mode that shows it
-    kind: Kind
-    side: int = 0  # pixels of a page's side; of one on a contact sheet, its place's
-    tokens: int = 0  # that the picture costs, newlines and separator counted; of a text or a factsheet, each page's own
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What a page costs and keeps at every tier, in the ladder's order; None where it has no such tier."""
-
-    tokens: tuple[int | None, ...]  # of a contact sheet, of the whole sheet
-    fidelity: tuple[float, ...]  # share of its characters that can be read
-    is_measured: bool  # whether every score was
 
 
 @dataclass(frozen=True, slots=True)
