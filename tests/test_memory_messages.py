@@ -68,7 +68,12 @@ def test_parts_of_openai():
 
 def test_parts_of_anthropic():
     first, second = read_messages(ANTHROPIC)
-    assert first.parts == (Thinking("hm"), Thinking(""), TextPart("on it"), Call("t1", "run", '{"a":1}'.replace("1", '"é","b":1')))
+    assert first.parts == (
+        Thinking("hm", "abc"),
+        Thinking("", hidden="AAAA"),
+        TextPart("on it"),
+        Call("t1", "run", '{"a":"é","b":1}'),
+    )
     answered, document = second.parts
     assert answered == Result("t1", (TextPart("a\nb"), Attachment("image", "image/png", b"\x89PNG\r\n\x1a\nxyz")), is_error=True)
     assert document == Attachment("document", "application/pdf", b"%PDF", "r.pdf")
@@ -195,7 +200,7 @@ def test_references_are_kept_and_never_fetched():
         Reference("image", "https://x.org/a.png"),
         Reference("image", "u1"),
         Reference("document", "f1"),
-        Other("input_audio"),
+        Other("input_audio", '{"input_audio":{"data":"AA"},"type":"input_audio"}'),
     )
 
 

@@ -37,6 +37,8 @@ class Thinking:
     """What was thought; empty where the provider hid it."""
 
     text: str
+    signature: str = ""  # without which its provider does not take it back
+    hidden: str = ""  # bytes in its place, which only its provider can read
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Other:
     """A part of a type that memory does not know.  It is kept, and shown as JSON."""
 
     type: str
+    json: str = field(repr=False)
 
 
 Part = TextPart | Thinking | Attachment | Reference | Call | Result | Other
@@ -100,9 +103,11 @@ def read_part(part: object, role: str, name: str, depth: int = 0) -> Part:
     if kind in _TEXTS:
         return TextPart(_string(part, "refusal" if kind == "refusal" else "text", name))
     if kind in ("thinking", "reasoning"):
-        return Thinking(_string(part, "thinking" if kind == "thinking" else "text", name))
+        signature = part.get("signature")
+        said = _string(part, "thinking" if kind == "thinking" else "text", name)
+        return Thinking(said, signature if isinstance(signature, str) else "")
     if kind == "redacted_thinking":
-        return Thinking("")
+        return Thinking("", hidden=_string(part, "data", name))
     if kind in _PICTURES:
         return _read_picture(part, name)
     if kind in _FILES:
@@ -111,7 +116,7 @@ def read_part(part: object, role: str, name: str, depth: int = 0) -> Part:
         return _read_call(part, role, name)
     if kind == "tool_result":
         return _read_result(part, role, name, depth)
-    return Other(kind)
+    return Other(kind, _json(part))
 
 
 def shown(part: Any) -> Any:
@@ -144,8 +149,7 @@ def _read_call(part: dict[str, Any], role: str, name: str) -> Call:
         raise InputError(f"{name}: only an assistant calls tools, this message is of role {role}")
     if not isinstance(part.get("input"), dict):
         raise InputError(f"{name}: the input of a tool_use is a mapping, got {repr(part.get('input'))[:80]}")
-    arguments = json.dumps(part["input"], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return Call(_string(part, "id", name, least=1), _string(part, "name", name, least=1), arguments)
+    return Call(_string(part, "id", name, least=1), _string(part, "name", name, least=1), _json(part["input"]))
 
 
 def _read_result(part: dict[str, Any], role: str, name: str, depth: int) -> Result:
@@ -227,6 +231,10 @@ def _elsewhere(kind: Kind, fields: dict[str, Any], name: str) -> Reference:
     if address is None:
         raise InputError(f"{name} names a {kind} and holds none: give its bytes, its address or its id")
     return Reference(kind, address)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def _string(part: dict[str, Any], key: str, name: str, least: int = 0) -> str:
