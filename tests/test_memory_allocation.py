@@ -5,6 +5,7 @@ import math
 import random
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -37,9 +38,7 @@ def aged(count, now=None, half_life=8, choices=CHOICES):
 
 
 def after(pages, done):
-    return [
-        Candidate(each.page, each.choices, each.importance, each.group, held) for each, held in zip(pages, done.tiers, strict=True)
-    ]
+    return [replace(each, held=held, rises_to=None) for each, held in zip(pages, done.tiers, strict=True)]
 
 
 def spent(pages, chosen, tiers=TIERS):
@@ -227,15 +226,37 @@ def test_pins_that_do_not_fit_are_an_error():
         allocate([page(0, floor=1), page(1, floor=1), page(2)], TIERS, 100, OPEN)  # fmt: skip
 
 
-def test_kept_groups_stay_text_as_far_as_the_budget_goes():
+def test_kept_groups_stay_text_as_far_as_they_may():
     pages = aged(20)
-    done = allocate(pages, TIERS, 1500, Policy(keep=3))
+    done = allocate(pages, TIERS, 1600, Policy(keep=3))
     assert done.tiers[-3:] == (0, 0, 0)
     assert not done.receipt.notes
-    done = allocate(pages, TIERS, 900, Policy(keep=3))
-    assert done.tiers[-2:] == (0, 0)
-    assert done.tiers[-3] > 0
-    assert done.receipt.notes == ("1 page of the 3 newest groups could not be kept as they are: the budget has no place",)
+    done = allocate(pages, TIERS, 1599, Policy(keep=3))
+    assert done.tiers[-3:] == (1, 0, 0), "a third would take more than three quarters"
+    assert done.receipt.notes == ("1 of the 3 newest groups could not stay as they were: there is no place",)
+    assert allocate(pages, TIERS, 1300, Policy(keep=3, keep_share=1)).tiers[-3:] == (0, 0, 0)
+    assert allocate(pages, TIERS, 430, Policy(keep=3)).tiers[-2:] == (2, 0), "the newest where it must not go"
+    assert allocate(pages, TIERS, 399, Policy(keep=3)).tiers[-1] == 1
+    assert allocate(pages, TIERS, 1600, OPEN).tiers[-1] == 1, "text is not worth its tokens"
+
+
+def test_a_group_is_kept_whole():
+    pages = [page(number, group=number // 4) for number in range(12)]
+    assert allocate(pages, TIERS, 2200, Policy(keep=2)).tiers == (1,) * 8 + (0,) * 4
+    assert allocate(pages, TIERS, 4400, Policy(keep=2)).tiers[4:] == (0,) * 8
+
+
+def test_a_trigger_that_pins_pass_alone_is_none():
+    pages = [page(0, floor=0), *aged(6)[1:]]
+    done = allocate(pages, TIERS, 900, Policy(trigger=300, keep=0))
+    assert 400 < done.receipt.tokens_after <= 900
+    assert len(set(done.tiers[1:]) - {3}) > 0
+    assert allocate(after(pages, done), TIERS, 900, Policy(trigger=300, keep=0)).receipt.changes == ()
+
+
+def test_clearing_leaves_half():
+    done = allocate(aged(20), TIERS, 1000, Policy(keep=0, clear_at_least=10**6))
+    assert 450 < done.receipt.tokens_after <= 500
 
 
 def test_pages_without_text_begin_as_pictures():
@@ -265,6 +286,9 @@ def test_a_sheet_that_is_shown_shows_all_its_pages():
         (([page(0)], TIERS[:-1], 10, OPEN), "last tier"),
         (([page(0)], (), 10, OPEN), "last tier"),
         (([page(0)], WITH_SHEET, 10, OPEN), "at each of 6 tiers"),
+        (([page(0, math.nan)], TIERS, 10, OPEN), "numbers of at least 0"),
+        (([page(0, -1.0)], TIERS, 10, OPEN), "numbers of at least 0"),
+        (([page(0, choices=Choices((-1, 2, 1, 0), (1.0,) * 4))], TIERS, 10, OPEN), "numbers of at least 0"),
     ],
 )
 def test_wrong_arguments(arguments, said):
@@ -308,6 +332,8 @@ def test_a_hundred_thousand_pages_in_a_second(budget):
         ({"keep": True}, "keep"),
         ({"clear_at_least": 1.5}, "clear_at_least"),
         ({"half_life": 0}, "half_life"),
+        ({"keep_share": 1.1}, "keep_share"),
+        ({"keep_share": math.nan}, "keep_share"),
         ({"exclude": "bash"}, "list of names"),
         ({"exclude": [3]}, "list of names"),
         ({"exclude_roles": ["root"]}, "exclude_roles must be of"),

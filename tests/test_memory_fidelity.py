@@ -166,6 +166,12 @@ def test_choices_of_a_page():
     assert ladder(nano_config(), NANO, sheet_pages=0).choices(400).is_measured
 
 
+def test_lines_may_be_what_counts():
+    found = ladder(nano_config(), NANO, measure="exact_lines", sheet_pages=0).choices(400)
+    assert found.fidelity[1:4] == tuple(NANO.at(512, side, "8x16").exact_lines for side in (512, 384, 256))
+    assert ladder(V1, ASSUMED, measure="exact_lines").choices(600) == ladder(V1, ASSUMED).choices(600)
+
+
 def test_a_page_that_lost_its_pixels_has_no_sharper_view():
     nano = ladder(nano_config(), NANO)
     assert nano.choices(None, width=384).tokens == (None, None, 43, 21, 73, 0, 0)

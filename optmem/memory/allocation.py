@@ -6,7 +6,8 @@ them in the order of the page too, and what is taken is worth as much as anythin
 to the best steps that still fit.  The whole is short of the best allocation by less than the one step that did not fit.
 
 What holds besides:
-- Nothing changes while what is shown fits the limit: not by ageing, not by new messages.
+- Nothing changes while what is shown fits the trigger: not by ageing, not by new messages.  A trigger that what is kept, pinned and
+  excluded passes alone is none, and the budget is in its place.
 - A page is never made sharper than it is shown, unless it was recalled or is pinned.
 - A contact sheet is paid for once, as soon as one of its pages is shown on it.  Steps onto it are counted by shares; the sheets
   that keep least are then given up, until the others fit at their whole price.
@@ -73,14 +74,16 @@ def allocate(pages: Sequence[Candidate], tiers: Sequence[Tier], budget: int, pol
     state = _State(pages, tiers, sheet_pages)
     before, limit = state.total(state.current), policy.limit(budget)
     if before <= limit:
-        return _answer(state, pages, tiers, budget, before, state.current, policy, 0)
-    released = state.keep(policy.keep, budget)
+        return _answer(state, pages, tiers, budget, limit, state.current)
+    kept = state.keep(policy, limit, budget)
     least = state.total(state.bottom)
     if least > budget:
         raise InputError(_no_place(state, pages, tiers, least, budget))
-    target = max(min(limit, before - policy.clear_at_least), least)
-    chosen = _fill(state, target)
-    return _answer(state, pages, tiers, budget, before, chosen, policy, released)
+    limit = limit if least <= limit else budget
+    if before <= limit:
+        return _answer(state, pages, tiers, budget, limit, state.current)
+    target = max(min(limit, max(before - policy.clear_at_least, limit // 2)), least)
+    return _answer(state, pages, tiers, budget, limit, _fill(state, target), kept)
 
 
 class _State:
@@ -94,6 +97,8 @@ class _State:
             raise InputError(f"every page needs its tokens at each of {last + 1} tiers")
         importance = np.array([page.importance for page in pages])
         self.value: Floats = importance[:, None] * np.array([page.choices.fidelity for page in pages])  # [N, M]
+        if not (np.isfinite(self.value).all() and (importance >= 0).all() and not (self.tokens < 0).any()):
+            raise InputError("importance and tokens of a page are numbers of at least 0, and its fidelity is a number")
         self.group = np.array([page.group for page in pages])
         self.sheets = np.array([page.sheet for page in pages])
         self.column = next((number for number, tier in enumerate(tiers) if tier.kind == "sheet"), NO_SHEET)
@@ -130,24 +135,35 @@ class _State:
         on_sheet = chosen == self.column
         return round(float(found[~on_sheet].sum())) + self.sheet_tokens * len(np.unique(self.sheets[on_sheet]))
 
-    def keep(self, groups: int, budget: int) -> int:
-        """Holds the pages of the newest groups where they are.  How many of these had to be let go, so that the rest fits."""
-        newest = np.unique(self.group)[max(len(np.unique(self.group)) - groups, 0) :] if groups else self.group[:0]
-        kept = self.rows[np.isin(self.group, newest)]
-        bottom = self.bottom.copy()
-        bottom[kept] = self.current[kept]
-        gains = self.cost[kept, self.current[kept]] - self.cost[kept, self.bottom[kept]]
-        over = self.total(bottom) - budget
-        released = int(np.searchsorted(np.cumsum(gains), over)) + 1 if over > 0 else 0  # the oldest of them first
-        bottom[kept[:released]] = self.bottom[kept[:released]]
-        while released < len(kept) and self.total(bottom) > budget:  # what was counted by shares costs more
-            bottom[kept[released]] = self.bottom[kept[released]]
-            released += 1
-        released = min(released, len(kept))
-        held = kept[released:]
-        self.allowed[held] = np.arange(self.allowed.shape[1]) == self.current[held][:, None]
-        self.bottom = bottom
-        return released
+    def keep(self, policy: Policy, limit: int, budget: int) -> Ints:
+        """Holds the pages of the newest groups where they are, as far as there is place; the rows of all that were to be held."""
+        numbers, place = np.unique(self.group, return_inverse=True)
+        first = max(len(numbers) - policy.keep, 0)
+        more = self.cost[self.rows, self.current] - self.cost[self.rows, self.bottom]  # tokens that holding a page takes
+        oldest = _oldest_kept(np.bincount(place, weights=more).tolist(), first, policy.keep_share * limit)
+        while oldest < len(numbers):
+            held = self.rows[place >= oldest]
+            bottom = self.bottom.copy()
+            bottom[held] = self.current[held]
+            if self.total(bottom) <= budget:
+                self.allowed[held] = np.arange(self.allowed.shape[1]) == self.current[held][:, None]
+                self.bottom = bottom
+                break
+            oldest += 1
+        return self.rows[place >= first]
+
+
+def _oldest_kept(more: Sequence[float], first: int, most: float) -> int:
+    """The oldest group that fits together with all newer ones; the newest in any case, where any is kept.
+
+    more   tokens that holding each group takes
+    """
+    oldest = max(len(more) - 1, first)
+    taken = sum(more[oldest:])
+    while oldest > first and taken + more[oldest - 1] <= most:
+        oldest -= 1
+        taken += more[oldest]
+    return oldest
 
 
 # --- steps --------------------------------------------------------------------------------------------------------------------
@@ -283,16 +299,14 @@ def _answer(
     pages: Sequence[Candidate],
     tiers: Sequence[Tier],
     budget: int,
-    before: int,
+    limit: int,
     chosen: Ints,
-    policy: Policy,
-    released: int,
+    kept: Ints | None = None,
 ) -> Allocation:
     held = np.array([-1 if page.held is None else page.held for page in pages])
     shown = np.where(held < 0, state.current, held)
-    after = state.total(chosen)
-    over = before - policy.limit(budget)
-    what = "budget" if policy.limit(budget) == budget else "trigger"
+    before, after = state.total(state.current), state.total(chosen)
+    over = f"{before - limit:,} tokens over the {'budget' if limit == budget else 'trigger'}"
     rows = np.flatnonzero(shown != chosen)
     each = [found[rows].tolist() for found in (shown, chosen, _shares(state, shown), _shares(state, chosen))]
     names = [tier.name for tier in tiers]
@@ -302,12 +316,11 @@ def _answer(
         page = pages[row]
         key = id(page.choices), start, end
         if key not in said:
-            said[key] = _read_after(page.choices, start, end, f"{over:,} tokens over the {what}")
+            said[key] = _read_after(page.choices, start, end, over)
         changes.append(Change(page.page, names[start], names[end], was, now, _why(page, start, end, said[key])))
-    many = f"{released} page{'s' * (released != 1)}"
-    notes = (
-        (f"{many} of the {policy.keep} newest groups could not be kept as they are: the budget has no place",) if released else ()
-    )
+    missed = 0 if kept is None else len(np.unique(state.group[kept[shown[kept] != chosen[kept]]]))
+    total = 0 if kept is None else len(np.unique(state.group[kept]))
+    notes = (f"{missed} of the {total} newest groups could not stay as they were: there is no place",) if missed else ()
     receipt = Receipt(budget, before, after, tuple(changes), notes)
     worth = float(state.value[state.rows, chosen].sum())
     return Allocation(tuple(chosen.tolist()), worth, receipt)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import Literal
 
 from optmem.errors import InputError
 from optmem.memory.fidelity import Curve, Fidelity
@@ -20,6 +21,7 @@ from optmem.model.modes import modes_of
 from optmem.pixels import MIN_CELL, Mode, find_mode
 
 NANO_SIDES = (512, 384, 256)  # drawn at the first; nano reads what is drawn at a side best at that side
+Measure = Literal["score", "exact_lines"]  # what a page is to keep: characters, or whole lines without an error
 SHEET_PAGES = 16  # pages on a contact sheet
 
 
@@ -32,6 +34,7 @@ class Ladder:
     size: int  # pixels of the side at which pages are drawn
     cell: str  # width x height of a character on them
     sheet_pages: int
+    measure: Measure = "score"
 
     def find(self, name: str) -> int:
         """The number of a tier.  Raises InputError where there is none of this name."""
@@ -51,6 +54,10 @@ class Ladder:
             return None
         pages = self.sheet_pages if tier.kind == "sheet" else 1
         return self.curve.at(self.size, tier.side, self.cell, kind, ratio=text_tokens * pages / tier.tokens, complete=True)
+
+    def _measured(self, found: Fidelity) -> float:
+        """What is to be kept; where lines were not counted, as in what papers claim, the score."""
+        return found.score if self.measure == "score" or found.exact_lines is None else found.exact_lines
 
     def choices(
         self,
@@ -75,7 +82,7 @@ class Ladder:
         for tier in self.tiers:
             found = self.fidelity(tier, kind=kind, text_tokens=text_tokens or 0)
             measured = measured and (found is None or found.basis == "measured")
-            score = found.score if found is not None else {"text": 1.0}.get(tier.kind, 0.0)
+            score = float(tier.kind == "text") if found is None else self._measured(found)
             has_facts = tier.kind in ("page", "facts")
             is_there = (tier.kind != "text" or text_tokens is not None) and not (width is not None and tier.side > width)
             cost = (text_tokens if tier.kind == "text" else tier.tokens + has_facts * facts_tokens) if is_there else None
@@ -85,13 +92,20 @@ class Ladder:
 
 
 def ladder(
-    config: ModelConfig, curve: Curve, *, size: int | None = None, cell: str = "8x16", sheet_pages: int = SHEET_PAGES
+    config: ModelConfig,
+    curve: Curve,
+    *,
+    size: int | None = None,
+    cell: str = "8x16",
+    sheet_pages: int = SHEET_PAGES,
+    measure: Measure = "score",
 ) -> Ladder:
     """The ladder of a model.
 
     size          pixels of the side at which pages are drawn; None is what the model's sharpest single view shows
     cell          width x height of a character on a page
     sheet_pages   pages on a contact sheet, a square number; 0 is a ladder without one
+    measure       what a page is to keep: "score", its characters, or "exact_lines"
 
     Raises InputError for a model that sees a page in tiles alone, and a size that none of its views has.
     """
@@ -100,7 +114,7 @@ def ladder(
     if sheet_pages:
         tiers.append(_sheet(modes[0], sheet_pages))
     tiers += [Tier("facts", "facts"), Tier("stored", "stored")]
-    return Ladder(tuple(tiers), curve, modes[0].size, cell, sheet_pages)
+    return Ladder(tuple(tiers), curve, modes[0].size, cell, sheet_pages, measure)
 
 
 def _views(config: ModelConfig, size: int | None) -> list[Mode]:

@@ -16,8 +16,9 @@ class Policy:
     """How a memory ages.  The default ages when the budget is full, and keeps the last four groups and all instructions as text."""
 
     trigger: int | None = None  # tokens shown above which pages are made smaller; None is the budget
-    keep: int = 4  # newest groups that stay text: a tool call and its results are one; where the budget has no place, the oldest go
-    clear_at_least: int = 0  # tokens freed whenever anything changes, as far as there are any: each change costs a prompt cache
+    keep: int = 4  # newest groups that stay as they are: a tool call and its results are one group
+    keep_share: float = 0.75  # of the trigger that they may take; beyond it the older of them age too, the newest where it must
+    clear_at_least: int = 0  # tokens freed whenever anything changes, up to half of the trigger: each change costs a prompt cache
     exclude: tuple[str, ...] = ()  # tools whose calls and results stay text
     exclude_roles: tuple[str, ...] = ("system", "developer")  # whose messages stay text: instructions are not left to optics
     half_life: int = 32  # groups after which a page counts half
@@ -28,6 +29,9 @@ class Policy:
             _check_count(name, getattr(self, name), least)
         if self.trigger is not None:
             _check_count("trigger", self.trigger, 1)
+        share = self.keep_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise InputError(f"keep_share must be from 0 to 1, got {repr(share)[:80]}")
         for name in ("exclude", "exclude_roles"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for role in self.exclude_roles:
