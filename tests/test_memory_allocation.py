@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -398,3 +400,12 @@ def test_damaged_receipts_are_refused(damage):
     whole = allocate(aged(12), TIERS, 1200, OPEN).receipt.to_json() | damage
     with pytest.raises(InputError):
         Receipt.from_json(whole if damage else {})
+
+
+def test_no_model_is_needed():
+    modules = ", ".join(
+        f"optmem.memory.{name}" for name in ("allocation", "factsheet", "importance", "policy", "pricing", "receipt", "tiers")
+    )
+    program = f"import sys, {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,6 +1,7 @@
 """The curve of a model: measured, bound to its weights, and guesses that say so; the ladder that is built from it."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def nano_config():
 
 def test_nano_goes_down_by_the_views_that_were_measured():
     assert steps(ladder(nano_config(), NANO)) == [
-        ("text", 0, 0), ("tiny", 512, 73), ("square 384", 384, 43), ("square 256", 256, 21), ("sheet", 128, 73),
+        ("text", 0, 0), ("tiny", 512, 73), ("square-384", 384, 43), ("square-256", 256, 21), ("sheet", 128, 73),
         ("facts", 0, 0), ("stored", 0, 0),
     ]  # fmt: skip
 
@@ -150,8 +151,11 @@ def test_v1_goes_down_by_its_modes():
 @pytest.mark.parametrize("config", [nano_config(), V1], ids=["nano", "v1"])
 def test_tokens_are_those_of_the_modes(config):
     for tier in ladder(config, ASSUMED).tiers:
-        if tier.kind == "page":
-            assert tier.tokens == find_mode(tier.name).fed_tokens()
+        if tier.kind in ("page", "sheet"):
+            mode = find_mode(tier.mode)
+            assert tier.tokens == mode.fed_tokens()
+            assert tier.side == mode.size // (4 if tier.kind == "sheet" else 1)
+        assert re.fullmatch("[a-z][a-z0-9-]*", tier.name)
 
 
 def test_choices_of_a_page():

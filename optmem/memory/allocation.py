@@ -108,7 +108,8 @@ class _State:
             self.cost[:, self.column] *= 1 / max(sheet_pages, 1)
         self.allowed = self._allowed(pages, last)
         self.current: Ints = np.argmax(self.allowed, axis=1)
-        self.bottom = self._bottom()
+        # For a page that is pinned to a sheet, either price of the sheet may be the one that is paid.
+        self.bottom = min((self._bottom(prices) for prices in (self.cost, self.tokens)), key=self.total)
 
     def _allowed(self, pages: Sequence[Candidate], last: int) -> Flags:
         """[N, M]: from where a page is shown down to where it must not fall below."""
@@ -123,9 +124,9 @@ class _State:
         allowed[lost, np.argmax(below[lost], axis=1)] = True
         return np.asarray(allowed)
 
-    def _bottom(self) -> Ints:
+    def _bottom(self, prices: Floats) -> Ints:
         """The tier with the fewest tokens; of several, the one that keeps most, and of these the sharpest."""
-        cost = np.where(self.allowed, self.cost, np.inf)
+        cost = np.where(self.allowed, prices, np.inf)
         cheapest = cost == cost.min(axis=1, keepdims=True)
         return np.asarray(np.argmax(np.where(cheapest, self.value, -np.inf), axis=1))
 

@@ -110,7 +110,7 @@ def ladder(
     Raises InputError for a model that sees a page in tiles alone, and a size that none of its views has.
     """
     modes = _views(config, size)
-    tiers = [Tier("text", "text")] + [Tier(mode.name, "page", mode.size, mode.fed_tokens()) for mode in modes]
+    tiers = [Tier("text", "text")] + [_page(mode) for mode in modes]
     if sheet_pages:
         tiers.append(_sheet(modes[0], sheet_pages))
     tiers += [Tier("facts", "facts"), Tier("stored", "stored")]
@@ -134,6 +134,10 @@ def _views(config: ModelConfig, size: int | None) -> list[Mode]:
     return [mode for mode in modes if mode.size <= drawn]
 
 
+def _page(mode: Mode) -> Tier:
+    return Tier(mode.name.replace(" ", "-"), "page", mode.size, mode.fed_tokens(), mode.name)
+
+
 def _nano_view(side: int) -> Mode:
     return find_mode({512: "tiny", 640: "small", 1024: "base"}.get(side, f"square {side}"))
 
@@ -142,7 +146,7 @@ def _sheet(mode: Mode, pages: int) -> Tier:
     columns = isqrt(pages) if isinstance(pages, int) and pages > 0 else 0
     if columns < 2 or columns * columns != pages or mode.size // columns < MIN_CELL:
         raise InputError(f"a contact sheet holds a square number of pages of at least {MIN_CELL} pixels: 4, 9, 16, got {pages!r}")
-    return Tier("sheet", "sheet", mode.size // columns, mode.fed_tokens())
+    return Tier("sheet", "sheet", mode.size // columns, mode.fed_tokens(), mode.name)
 
 
 def sheet_of(place: int, sheet_pages: int) -> int:

@@ -12,10 +12,11 @@ Kind = Literal["text", "page", "sheet", "facts", "stored"]
 class Tier:
     """One step."""
 
-    name: str  # of a page, the mode that shows it
+    name: str  # a word
     kind: Kind
     side: int = 0  # pixels of a page's side; of one on a contact sheet, its place's
     tokens: int = 0  # that the picture costs, newlines and separator counted; of a text or a factsheet, each page's own
+    mode: str = ""  # of a page, the model's mode that shows it, as `pixels.find_mode` takes it; of a sheet, that of the whole sheet
 
 
 @dataclass(frozen=True, slots=True)
