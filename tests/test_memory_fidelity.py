@@ -95,7 +95,9 @@ def test_damaged_curves_are_refused(found, said):
         Measured.from_json(found)
 
 
-def test_a_curve_is_of_its_weights(tmp_path):
+def test_a_curve_is_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(SHIPPED.parent)
+    assert isinstance(read_curve(Path("nano"), FOUND["model"]), Measured)
     assert isinstance(read_curve(SHIPPED, FOUND["model"]), Measured)
     with pytest.raises(CheckpointError, match="other weights"):
         read_curve(SHIPPED, "0" * 32)
@@ -178,7 +180,7 @@ def test_lines_may_be_what_counts():
 
 def test_a_page_that_lost_its_pixels_has_no_sharper_view():
     nano = ladder(nano_config(), NANO)
-    assert nano.choices(None, width=384).tokens == (None, None, 43, 21, 73, 0, 0)
+    assert nano.choices(None, width=384).tokens == (None, None, 43, 21, 73, None, 0)
 
 
 def test_the_assumed_score_falls_with_density():

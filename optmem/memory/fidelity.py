@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from optmem.engine.checkpoint import FIDELITY, MAX_FIDELITY
 from optmem.errors import CheckpointError, InputError, SourceNotFoundError
-from optmem.files import read_json
+from optmem.files import checkpoint_folder, read_json
 
 # Measured; between two sides that were; below the least that was; claimed by papers for natural text.
 Basis = Literal["measured", "between", "below", "assumed"]
@@ -127,6 +127,7 @@ def read_curve(folder: Path, weights: str, *, assume: bool = False) -> Curve:
 
     Raises SourceNotFoundError where nothing was measured, CheckpointError where it is damaged or was measured on other weights.
     """
+    folder = checkpoint_folder(folder)
     if not (folder / FIDELITY).is_file():
         if assume:
             return ASSUMED

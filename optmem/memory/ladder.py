@@ -71,7 +71,7 @@ class Ladder:
         """What one page costs and keeps.
 
         text_tokens    of its text for the reader; None where it has none, as a picture that came without
-        facts_tokens   of its factsheet, which stands beside its picture
+        facts_tokens   of its factsheet, which stands beside its picture; 0 where it has none
         facts_share    of its characters that are on the factsheet
         kind           of its text, where that is known
         width          pixels of the sharpest picture that there still is; None is the size at which pages are drawn
@@ -84,7 +84,9 @@ class Ladder:
             measured = measured and (found is None or found.basis == "measured")
             score = float(tier.kind == "text") if found is None else self._measured(found)
             has_facts = tier.kind in ("page", "facts")
-            is_there = (tier.kind != "text" or text_tokens is not None) and not (width is not None and tier.side > width)
+            is_there = {"text": text_tokens is not None, "facts": facts_tokens > 0}.get(
+                tier.kind, width is None or tier.side <= width
+            )
             cost = (text_tokens if tier.kind == "text" else tier.tokens + has_facts * facts_tokens) if is_there else None
             tokens.append(cost)
             kept.append(score + (1 - score) * facts_share if has_facts else score)
