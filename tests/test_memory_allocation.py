@@ -315,12 +315,12 @@ def test_a_hundred_thousand_pages_in_a_second(budget):
         Candidate(str(number), chance.choice(kinds), importance(100_000, number), number, sheet=number // 16)
         for number in range(100_000)
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     done = allocate(pages, tiers, budget, Policy(), sheet_pages=16)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert done.receipt.tokens_after <= budget
     assert done.receipt.tokens_after > budget * 0.9
-    assert seconds < 3.0  # a second where nothing else runs
+    assert seconds < 2.0  # 0.7 to 1.0 where nothing else runs
 
 
 # --- the words of a policy, importance and receipts ---------------------------------------------------------------------------

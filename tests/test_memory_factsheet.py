@@ -107,9 +107,9 @@ def test_facts_stand_on_the_page_and_fit(text, budget):
 def test_linear_time_on_hostile_text(unit):
     def seconds(length):
         text = (unit * length)[:length]
-        start = time.perf_counter()
+        start = time.process_time()
         factsheet(text, 64)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(1000)
-    assert min(seconds(200_000) for _ in range(2)) < 3.0  # quadratic time would be minutes
+    assert seconds(100_000) < 3.0  # quadratic time would be minutes
