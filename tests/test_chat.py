@@ -136,3 +136,9 @@ def test_parts_too_deep_are_refused():
 
 def test_an_empty_chat_is_one_page():
     assert len(paginate([])) == 1
+
+
+def test_documents_are_named_and_their_bytes_not_drawn():
+    source = {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}
+    part = {"type": "document", "title": "a]b.pdf", "source": source}
+    assert text_of([{"role": "user", "content": [part]}]) == "[user]\n[document, not drawn on this page | a\\x5db.pdf]\n"

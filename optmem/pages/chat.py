@@ -115,6 +115,8 @@ def _read_part(part: object, source: str, rich: bool, depth: int) -> Iterator[Bl
         yield from _read_result(part.get("content"), source, depth)
     elif kind in ("image", "image_url", "input_image"):
         yield label("image, not drawn on this page", part.get("uuid"))
+    elif kind in ("document", "file", "input_file"):  # whose bytes are no text
+        yield label("document, not drawn on this page", part.get("title"), part.get("uuid"))
     else:
         yield label("part of type", kind)
         yield _draw_value(part, source)
