@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optmem.kernels.launch import WIDEST_HEAD, AttentionTile, GateCase, attention_tile, attention_tiles, cdiv, power_of_two
+from optmem.kernels.launch import WIDEST_HEAD, AttentionTile, GateCase, attention_tile, attention_tiles, cdiv, tile_side
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # the hardware has powers of two
 
@@ -153,7 +153,7 @@ def specialise(
     _, num_queries, heads, head_dim = query.shape
     sizes = (num_queries, key.shape[1], heads, prefix, head_dim**-0.5)
     strides = [tensor.stride(axis) for tensor in (query, key, value) for axis in range(3)]
-    options = {"GROUP": heads // key.shape[2], "D": head_dim, "BLOCK_D": power_of_two(head_dim), **tile._asdict()}
+    options = {"GROUP": heads // key.shape[2], "D": head_dim, "BLOCK_D": tile_side(head_dim), **tile._asdict()}
     return (query, key, value, out, *sizes, *strides), options
 
 

@@ -32,7 +32,7 @@ from optmem.kernels.launch import (
     cdiv,
     global_attention_tile,
     global_attention_tiles,
-    power_of_two,
+    tile_side,
 )
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # the hardware has powers of two
@@ -182,9 +182,9 @@ def specialise(
     options = {
         "W": width,
         "D": head_dim,
-        "BLOCK_D": power_of_two(head_dim),
-        "BLOCK_P": min(64, power_of_two(2 * width - 1)),
-        "BLOCK_S": power_of_two((tile.BLOCK_M - 2) // width + 2),
+        "BLOCK_D": tile_side(head_dim),
+        "BLOCK_P": min(64, tile_side(2 * width - 1)),
+        "BLOCK_S": tile_side((tile.BLOCK_M - 2) // width + 2),
         **tile._asdict(),
     }
     return (qkv, rel_pos_h, rel_pos_w, out, height, channels // 3, head_dim**-0.5), options

@@ -42,17 +42,17 @@ WIDEST_GRID = 96  # patches across; the families have up to 80.  The relative po
 WIDEST_GRID_HEAD = 64
 
 
-def power_of_two(at_least: int) -> int:
+def tile_side(at_least: int) -> int:
     """The least power of two that a product of tiles can have as a side and that is not below this."""
     return max(16, 1 << (at_least - 1).bit_length())
 
 
 def row_blocks(width: int) -> tuple[int, int]:
     """A row of keys as one tile or two, whichever has fewer columns: 64 and 16 for 80, where one tile would have 128."""
-    whole = power_of_two(width)
+    whole = tile_side(width)
     main = whole // 2
-    if main >= 16 and width > main and main + power_of_two(width - main) < whole:
-        return main, power_of_two(width - main)
+    if main >= 16 and width > main and main + tile_side(width - main) < whole:
+        return main, tile_side(width - main)
     return whole, 0
 
 
@@ -96,7 +96,7 @@ def window_attention_tile(side: int, itemsize: int) -> WindowTile:
     keys = side * side
     block = 32 if itemsize == 4 else 64
     full, rest = divmod(keys, block)
-    tail = power_of_two(rest) if rest else 0
+    tail = tile_side(rest) if rest else 0
     if itemsize == 4:
         return WindowTile(16, block, full, tail, num_warps=8, num_stages=1)
     return WindowTile(128 if keys > 64 else 64, block, full, tail, num_warps=8 if keys > 64 else 4, num_stages=2)
@@ -149,7 +149,7 @@ WIDEST_NORM = 4096
 
 def layer_norm_tile(width: int) -> RowTile:
     """About sixteen numbers a thread, four warps at least: enough loads under way at once, and no spill."""
-    block = power_of_two(width)
+    block = tile_side(width)
     rows = max(1, 2048 // block)
     return RowTile(rows, block, num_warps=max(4, block // 512))
 

@@ -32,7 +32,7 @@ from optmem.kernels.launch import (
     GateCase,
     WindowTile,
     cdiv,
-    power_of_two,
+    tile_side,
     window_attention_tile,
 )
 
@@ -207,7 +207,7 @@ def specialise(
     """What a launch hands to the kernel: arguments in its order, then constexprs and launch options by name."""
     head_dim, side = rel_pos_h.shape[1], (rel_pos_h.shape[0] + 1) // 2
     sizes = (*qkv.shape[1:3], qkv.shape[3] // 3, head_dim**-0.5)
-    options = {"S": side, "D": head_dim, "BLOCK_D": power_of_two(head_dim), "BLOCK_S": power_of_two(side), **tile._asdict()}
+    options = {"S": side, "D": head_dim, "BLOCK_D": tile_side(head_dim), "BLOCK_S": tile_side(side), **tile._asdict()}
     return (qkv, bias, rel_pos_h, rel_pos_w, out, *sizes), options
 
 
