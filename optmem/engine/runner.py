@@ -12,6 +12,7 @@ from torch import Tensor
 from optmem.engine.draft import Said
 from optmem.engine.sampling import Pick, pick
 from optmem.engine.scheduler import Work
+from optmem.machine import to_device
 from optmem.model.cache import Cache
 from optmem.model.decoder import Decoder
 
@@ -34,7 +35,7 @@ class Runner:
         if not asked:
             return Said([], [], [])
         if len(asked) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(asked, device=hidden.device)]
+            hidden = hidden[to_device(torch.tensor(asked), hidden.device)]
         return pick(self.decoder.logits(hidden), _picks(speaking), confidence_temperature=self.temperature)
 
     def working(self) -> AbstractContextManager[None]:
@@ -43,7 +44,7 @@ class Runner:
 
     def _embeddings(self, ids: Sequence[int], placed: Sequence[tuple[int, Tensor]]) -> Tensor:
         """[T, hidden]: words from the table in one call, vectors of prompts in their places."""
-        embedded = self.decoder.embed(torch.tensor(ids, device=self.cache.keys.device))
+        embedded = self.decoder.embed(to_device(torch.tensor(ids), self.cache.keys.device))
         for first, vectors in placed:
             embedded[first : first + vectors.shape[0]] = vectors
         return embedded

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optmem.errors import InputError
-from optmem.machine import empty_weight
+from optmem.machine import empty_weight, to_device
 from optmem.model.config import DecoderConfig
 from optmem.ops import PAGE_UNIT
 
@@ -278,8 +278,8 @@ class Cache:
         is_step = texts == tokens  # one token of each
         numbers = self._of_step(sequences, ends) if is_step else self._of_several(table, counts, ends)
         sizes = (tokens, tokens, texts + 1, texts, texts)
-        positions, slots, starts, lengths, prompts = torch.from_numpy(numbers).to(device).split_with_sizes(sizes)
-        return Batch(positions, slots, starts, lengths, prompts, torch.from_numpy(table).to(device))
+        positions, slots, starts, lengths, prompts = to_device(torch.from_numpy(numbers), device).split_with_sizes(sizes)
+        return Batch(positions, slots, starts, lengths, prompts, to_device(torch.from_numpy(table), device))
 
     def _of_step(self, sequences: Several[Sequence], ends: Several[int]) -> NDArray[np.int64]:
         """Positions, slots, starts, lengths and prompts of one token of each, in one array.
