@@ -99,7 +99,7 @@ OPTMEM_INLINE void dots_body(const W* weight, int64_t stride, int64_t in, const 
     decltype(load_row(weight, in, T{})) rows[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) rows[r] = load_row(weight + r * stride + i, in - i, T{});
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
       const Words token = load(tokens[m] + i, in - i);
 #pragma GCC unroll 4
@@ -132,7 +132,7 @@ OPTMEM_AVX512_BF16 void dots_bf16(const Bf16* weight, int64_t stride, int64_t in
   __m512 lanes[kDotRows][kTokens];
 #pragma GCC unroll 4
   for (int r = 0; r < kDotRows; ++r) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < in; i += 32) {
@@ -145,14 +145,14 @@ OPTMEM_AVX512_BF16 void dots_bf16(const Bf16* weight, int64_t stride, int64_t in
       if (kRows == kDotRows) _mm_prefetch(reinterpret_cast<const char*>(weight + (r + kDotRows) * stride + i), _MM_HINT_T1);
       rows[r] = load_bf16(weight + r * stride + i, mask);
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
       const __m512bh token = load_bf16(tokens[m] + i, mask);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) lanes[r][m] = _mm512_dpbf16_ps(lanes[r][m], rows[r], token);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
     _mm_storeu_ps(sums + kDotRows * m, total4(lanes[0][m], lanes[1][m], lanes[2][m], lanes[3][m]));
   }
@@ -168,28 +168,24 @@ OPTMEM_AVX512_VNNI OPTMEM_INLINE void add_fixed(const int8_t* weight, int64_t st
     const __m256i* from = reinterpret_cast<const __m256i*>(weight + r * stride + column);
     rows[r] = _mm512_cvtepi8_epi16(kWhole ? _mm256_loadu_si256(from) : _mm256_maskz_loadu_epi8(there, from));
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
-    const __m512i token = _mm512_load_si512(tokens[m] + column);
+    __m512i token = _mm512_load_si512(tokens[m] + column);
+    asm("" : "+v"(token));  // in a register: GCC would load it for every row, and loads are what there are most of
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) lanes[r][m] = _mm512_dpwssd_epi32(lanes[r][m], rows[r], token);
   }
 }
 
-// Two products an instruction, summed exactly in 32 bits.
+// Sums of up to kRows rows, two products an instruction, exactly in 32 bits.  Rows are fetched `ahead` of those that are read.
 template <int kRows, int kTokens>
-OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens, float* sums) {
-  __m512i lanes[kDotRows][kTokens];
-#pragma GCC unroll 4
-  for (int r = 0; r < kDotRows; ++r) {
-#pragma GCC unroll 6
-    for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm512_setzero_si512();
-  }
+OPTMEM_AVX512_VNNI OPTMEM_INLINE void sum_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens,
+                                                int64_t ahead, __m512i (&lanes)[kDotRows][kTokens]) {
   int64_t i = 0;
   for (; i + kFixedStep <= in; i += kFixedStep) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {  // to the second cache, as in dots_bf16, and as many bytes ahead
-      if (kRows == kDotRows) _mm_prefetch(reinterpret_cast<const char*>(weight + (r + 2 * kDotRows) * stride + i), _MM_HINT_T1);
+    for (int r = 0; r < kRows; ++r) {  // to the second cache, as in dots_bf16
+      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(weight + (r + ahead) * stride + i), _MM_HINT_T1);
     }
     add_fixed<true, kRows>(weight, stride, i, 0, tokens, lanes);
     add_fixed<true, kRows>(weight, stride, i + 32, 0, tokens, lanes);
@@ -198,10 +194,32 @@ OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t
     const __mmask32 there = in - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (in - i)) - 1;
     add_fixed<false, kRows>(weight, stride, i, there, tokens, lanes);
   }
-#pragma GCC unroll 6
+}
+
+// GCC 12 keeps at most 16 sums in registers here: four rows by four tokens, or twice two rows by eight.
+template <int kRows, int kTokens>
+OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens, float* sums) {
+  constexpr int kAtOnce = kTokens > 4 && kRows > 2 ? 2 : kRows;
+  __m512i totals[kTokens][kDotRows];
+#pragma GCC unroll 4
+  for (int first = 0; first < kRows; first += kAtOnce) {
+    __m512i lanes[kDotRows][kTokens];
+#pragma GCC unroll 4
+    for (int r = 0; r < kAtOnce; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm512_setzero_si512();
+    }
+    sum_fixed<kAtOnce>(weight + first * stride, stride, in, tokens, kRows == kDotRows ? 2 * kDotRows : 0, lanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kAtOnce; ++r) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kTokens; ++m) totals[m][first + r] = lanes[r][m];
+    }
+  }
   for (int m = 0; m < kTokens; ++m) {
-    const __m128 sum = total4(_mm512_cvtepi32_ps(lanes[0][m]), _mm512_cvtepi32_ps(lanes[1][m]), _mm512_cvtepi32_ps(lanes[2][m]),
-                              _mm512_cvtepi32_ps(lanes[3][m]));
+    const __m512i* row = totals[m];
+    const __m128 sum = total4(_mm512_cvtepi32_ps(row[0]), _mm512_cvtepi32_ps(row[kRows > 1 ? 1 : 0]),
+                              _mm512_cvtepi32_ps(row[kRows > 2 ? 2 : 0]), _mm512_cvtepi32_ps(row[kRows > 3 ? 3 : 0]));
     _mm_storeu_ps(sums + kDotRows * m, _mm_mul_ps(sum, _mm_set1_ps(step_of(tokens[m], in))));
   }
 }
@@ -249,21 +267,21 @@ OPTMEM_AVX2 void dots_fma(const W* weight, int64_t stride, int64_t in, const T* 
   __m256 lanes[kRows][kTokens];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm256_setzero_ps();
   }
   for (int64_t i = 0; i < in; i += 8) {
     __m256 columns[kTokens];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) columns[m] = load_8(tokens[m] + i, in - i);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const __m256 row = load_8(weight + r * stride + i, in - i);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm256_fmadd_ps(row, columns[m], lanes[r][m]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) sums[kDotRows * m + r] = total_8(lanes[r][m]);
@@ -286,19 +304,18 @@ auto tile_dots() {
 template <typename T, typename W, int... kLess>
 DotKernel<T, W> generic_kernel(std::integer_sequence<int, kLess...>) {
   if (current_isa() == Isa::avx2) return {{dots_fma<T, W, kDotRows, kLess + 1>...}, {dots_fma<T, W, 1, kLess + 1>...}, 3};
-  const int tokens = current_isa() == Isa::avx512 ? kDotTokens : 2;
+  const int tokens = current_isa() == Isa::avx512 ? 6 : 2;
   return {{tile_dots<Tile<T, W, kDotRows, kLess + 1>>()...}, {tile_dots<Tile<T, W, 1, kLess + 1>>()...}, tokens};
 }
 
 template <int... kLess>
 DotKernel<Bf16> bf16_kernel(std::integer_sequence<int, kLess...>) {
-  return {{dots_bf16<4, kLess + 1>...}, {dots_bf16<1, kLess + 1>...}, kDotTokens};
+  return {{dots_bf16<4, kLess + 1>...}, {dots_bf16<1, kLess + 1>...}, 6};
 }
 
 template <int... kLess>
 DotKernel<Fixed, int8_t> fixed_kernel(std::integer_sequence<int, kLess...>) {
-  // Four tokens: GCC 12 keeps more sums than 16 in memory here.  Eight take 3.6 ms as two tiles of four, 4.6 as six and two.
-  return {{dots_fixed<4, kLess + 1>...}, {dots_fixed<1, kLess + 1>...}, 4};
+  return {{dots_fixed<4, kLess + 1>...}, {dots_fixed<1, kLess + 1>...}, 8};
 }
 
 using Tokens = std::make_integer_sequence<int, kDotTokens>;

@@ -14,7 +14,7 @@
 namespace optmem {
 
 constexpr int kDotRows = 4;    // rows of a tile
-constexpr int kDotTokens = 6;  // most tokens of a tile: 24 sums stay in registers
+constexpr int kDotTokens = 8;  // most tokens of a tile; what suits an instruction set is DotKernel::tokens
 
 // sums[kDotRows * m + r] = weight row r . token m; rows are `stride` elements apart.  W is T or int8_t; T is Fixed for int8_t alone.
 template <typename T, typename W = T>
