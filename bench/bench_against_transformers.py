@@ -151,7 +151,6 @@ def cpu_seconds() -> tuple[float, float]:
     return busy, own.ru_utime + own.ru_stime
 
 
-@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, for a quick look")
@@ -159,8 +158,14 @@ def main() -> None:
     parser.add_argument("--anyway", action="store_true", help="report although the machine was busy")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    # Made outside of inference mode, as users load models: tables resized for a view are kept then.
     model = Model.random("unlimited-ocr", scale=options.scale, dtype=torch.bfloat16)
     whole = build_oracle(model)
+    with torch.inference_mode():
+        compare(model, whole, options)
+
+
+def compare(model: Model, whole, options: argparse.Namespace) -> None:
     makers = [
         *(lambda side=side: encode_case(model, whole, side) for side in (640, 1024)),
         lambda: prefill_case(model, whole, PREFILL),
