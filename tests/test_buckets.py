@@ -2,7 +2,7 @@
 
 import pytest
 
-from optmem.engine.buckets import text_bucket, view_buckets
+from optmem.engine.buckets import table_bucket, text_bucket, view_buckets
 from optmem.model.assembly import PIXELS_AT_ONCE
 
 
@@ -21,6 +21,15 @@ def test_the_first_sizes_of_texts():
     assert sorted({text_bucket(count, 1024) for count in range(1, 60)}) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
     assert [text_bucket(count, 1024) for count in (256, 257, 272, 273, 512, 513)] == [256, 272, 272, 288, 512, 544]
     assert [text_bucket(count, 20) for count in (16, 17, 20)] == [16, 20, 20]
+
+
+@pytest.mark.parametrize("most", [1, 5, 16, 17, 512, 2048])
+def test_tables_are_wide_enough_and_of_few_widths(most):
+    widths = [table_bucket(pages, most) for pages in range(1, most + 1)]
+    assert all(pages <= width <= most for pages, width in enumerate(widths, 1))
+    assert widths == sorted(widths)
+    assert all(width < 2 * max(pages, 16) for pages, width in enumerate(widths, 1))
+    assert len(set(widths)) <= max(most.bit_length() - 3, 1)
 
 
 @pytest.mark.parametrize("count", [0, -1, 9])

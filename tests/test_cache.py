@@ -259,3 +259,16 @@ def test_check_integrity_finds_wrong_sequences(forked):
     ):
         with pytest.raises(AssertionError, match=words):
             first.cache.check_integrity(sequences)
+
+
+def test_a_windowed_row_stays_what_it_is_between_pages():
+    """So that its table is kept: only where a page is taken or given back is there another array."""
+    cache = Cache(WINDOW, 12)
+    sequence = cache.new_sequence(prompt=5)
+    write(cache, [sequence], [list(range(5))])
+    rows = [sequence.row()]
+    for number in range(64):
+        write(cache, [sequence], [[number]])
+        rows.append(sequence.row())
+    assert len({id(row) for row in rows}) <= 2 * (64 // 16) + 1
+    cache.check_integrity([sequence])

@@ -226,7 +226,7 @@ class Script:
     def prefix(self, page):
         return torch.full((5, self.config.hidden), float(page))
 
-    def embed(self, ids):
+    def embed(self, ids, **_):
         return torch.nn.functional.pad(ids[:, None].float(), (0, self.config.hidden - 1))
 
     def __call__(self, embeddings, batch, cache):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optmem import Engine, paginate
-from optmem.engine.buckets import text_bucket
+from optmem.engine.buckets import table_bucket, text_bucket
 from optmem.engine.graphs import NOWHERE, SLOTS, GraphRunner
 from optmem.engine.lanes import Lanes, PlainLane, Recordings, lanes_for
 from optmem.engine.sampling import Sampling
@@ -74,6 +74,10 @@ def test_passes_of_any_sizes_say_what_plain_passes_say(counts, seed):
             assert_equal(one.view(torch.int32), other.view(torch.int32))  # and padding wrote nowhere: NaN is NaN still
 
 
+def width_of(runner, sequences):
+    return table_bucket(max(len(sequence.pages) for sequence in sequences), runner._inputs.table.shape[1])
+
+
 def test_guards_and_sampling_see_the_logits(decoder):
     kinds = (Sampling(), Sampling(guard=NgramGuard(1, 8)), Sampling(temperature=0.9, top_p=0.8, seed=3))
     (plain, recorded), (theirs, ours) = written(decoder, 6)
@@ -81,7 +85,7 @@ def test_guards_and_sampling_see_the_logits(decoder):
         ids, samplings = [5 + step] * 6, [kinds[at % 3] for at in range(6)]
         assert recorded.run(works_of(ours, ids, samplings)) == plain.run(works_of(theirs, ids, samplings))
     names = set(recorded.passes._known)
-    assert names == {("picks", TEXTS), ("logits", 8)}
+    assert names == {recorded._largest, ("logits", 8, width_of(recorded, ours))}
 
 
 def test_padding_is_the_first_row_said_again_and_written_nowhere(decoder):
@@ -93,8 +97,8 @@ def test_padding_is_the_first_row_said_again_and_written_nowhere(decoder):
     assert (numbers[others, 5:] == numbers[others, :1]).all()
     for row, sequence in zip(table, [*ours, *ours[:1] * 3], strict=True):
         assert row[: len(sequence.pages)].tolist() == sequence.pages
-    batch = recorded._inputs.batch(8)
-    assert all(tensor.is_contiguous() for tensor in (batch.positions, batch.slots, batch.starts, batch.lengths, batch.table))
+    batch = recorded._inputs.batch(8, 16)
+    assert all(tensor.is_contiguous() for tensor in (batch.positions, batch.slots, batch.starts, batch.lengths))
 
 
 def test_prompts_proposals_and_too_many_texts_go_as_they_do_without(decoder):
@@ -106,7 +110,7 @@ def test_prompts_proposals_and_too_many_texts_go_as_they_do_without(decoder):
         assert not runner.passes._known
     assert small.run(works_of(few[3:], [9] * 10)) == recorded.run(works_of(ours[3:], [9] * 10))
     assert not small.passes._known
-    assert set(recorded.passes._known) == {("picks", TEXTS)}
+    assert set(recorded.passes._known) == {recorded._largest, ("picks", TEXTS, 16)}
 
 
 def test_every_pass_of_one_token_per_text_is_replayed(decoder):
@@ -116,8 +120,9 @@ def test_every_pass_of_one_token_per_text_is_replayed(decoder):
     run(loop, speeches)
     sizes = {text_bucket(count, TEXTS) for count in range(1, 13)}
     names = set(loop.runner.passes._known)
-    assert ("picks", TEXTS) in names
-    assert names <= {("picks", size) for size in sizes}
+    assert loop.runner._largest in names
+    assert {size for _, size, _ in names} <= {*sizes, TEXTS}
+    assert {width for _, _, width in names} <= {16, loop.runner._largest[2]}
     assert len(names) > 2
     plain = texts(decoder, 12, seed=11)
     run(engine(decoder, runner="plain", texts=TEXTS), plain)
@@ -134,11 +139,9 @@ def test_no_room_changes_nothing(decoder):
     (_, recorded), (_, ours) = written(decoder, 2, pages=8)
     cache = recorded.cache
     cache.take(cache.num_free)
-    full = [sequence for sequence in ours if sequence.length % cache.page_size == 0]
     for sequence in ours:
         while sequence.length % cache.page_size:
             recorded.run(works_of([sequence], [3]))
-        full.append(sequence)
     lengths = [sequence.length for sequence in ours]
     with pytest.raises(InputError, match="are free"):
         recorded.run(works_of(ours, [1, 2]))
@@ -185,21 +188,22 @@ def test_what_cannot_be_recorded_is_called_and_said_once(decoder, caplog):
     with caplog.at_level(logging.WARNING):
         for step in range(5):
             assert runner.run(works_of(ours, [step] * 3)) == plain.run(works_of(theirs, [step] * 3))
-    assert len(caplog.records) == 1
-    message = caplog.records[0].getMessage()
-    assert "decode: a pass of ('picks', 4) cannot be recorded" in message
+    names = [("picks", 4, runner._inputs.table.shape[1]), ("picks", 4, 16)]  # the largest, and the one that is run: once each
+    assert len(caplog.records) == len(names)
+    message = caplog.records[1].getMessage()
+    assert "decode: a pass of ('picks', 4, 16) cannot be recorded" in message
     assert "stream is capturing" in message
     assert "C++" not in message
-    assert runner.passes.plain == [("picks", 4)]
+    assert runner.passes.plain == names
 
 
 class Narrow(GraphRunner):
     """Has no room for the largest pass."""
 
-    def _picked(self, size):
+    def _picked(self, size, width):
         if size == self.texts:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._picked(size)
+        return super()._picked(size, width)
 
 
 def test_without_room_for_the_largest_pass_nothing_is_recorded_and_nobody_fails(decoder, caplog):
@@ -228,6 +232,6 @@ def test_nano_reads_a_page_as_it_does_without():
             (wanted,), (found,) = (engine.decode(tokens, rows=range(4), **asked) for engine in (plain, recorded))
             assert found == wanted
         names = set(recorded._loop.runner.passes._known)
-        assert {kind for kind, _ in names} == {"picks", "logits"}
-        assert {size for _, size in names} >= {1, 2, 4}
+        assert {kind for kind, _, _ in names} == {"picks", "logits"}
+        assert {size for _, size, _ in names} >= {1, 2, 4}
     assert "a page of words" in plain.decode(tokens, rows=range(4), draft=None)[0].text

@@ -2,7 +2,7 @@
 //
 // Every product of one row and one token is summed in the same order whatever the tile around it, so a token's result does not
 // depend on how many other tokens were computed with it, bit for bit.  A row of int8 is widened to the tokens' type, which is
-// exact, and then summed in the order of that type.
+// exact, and then summed in the order of that type; bf16 tokens meet it as integers where that is faster (fixed.h).
 #pragma once
 
 #include <cstdint>

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kLanes = 16;           // sums of 32 bits that the columns of a row are spread over
 constexpr int64_t kMostInALane = 512;    // products of 2^7 and 2^15 - 2^7 whose sum has 31 bits
 constexpr int kBits = 14;                // behind the first of the largest number
-constexpr int64_t kMostColumns = 1 << 26;
+constexpr int64_t kMostColumns = 1 << 20;  // beyond it so few bits are left that rounding up makes one more
 
 // Bits of steps that a long row gives up, so that no sum leaves 32 bits.
 int bits_less(int64_t in) {

@@ -4,7 +4,8 @@
 //     token[i] = step * steps[i],   step = 2^k, the least with which |steps[i]| < 2^15
 //
 // A bf16 has 8 bits, so all numbers down to a 128th of a token's largest are kept as they are; smaller ones are rounded to the step,
-// 2^-14 of the largest or less.  A token that holds a NaN or an infinity has the step NaN.
+// 2^-14 of the largest or less.  Beyond 8,192 columns a bit is given up with every doubling.  A token that holds a NaN or an infinity
+// has the step NaN, and so have all sums with it.
 #pragma once
 
 #include <cstdint>

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optmem import ops
-from optmem.engine.buckets import text_bucket
+from optmem.engine.buckets import table_bucket, text_bucket
 from optmem.engine.draft import Said
 from optmem.engine.lanes import Lane, Recordings
-from optmem.engine.runner import Runner, _picks
-from optmem.engine.sampling import _plain, packed, pick, unpacked
+from optmem.engine.runner import Runner, picks_of
+from optmem.engine.sampling import packed, pick, plain_arguments, unpacked
 from optmem.engine.scheduler import Work
-from optmem.errors import InputError
 from optmem.model.cache import Batch, Cache
 from optmem.model.decoder import Decoder
 
@@ -77,10 +76,14 @@ class Inputs:
                 self._rows[at], end = row, at + 1
         return end
 
-    def batch(self, size: int) -> Batch:
-        """For the first so many texts."""
+    def batch(self, size: int, width: int) -> Batch:
+        """For the first so many texts, of so many pages at most."""
         positions, slots, lengths, prompts = self.numbers[POSITIONS:, :size]
-        return Batch(positions, slots, self.starts[: size + 1], lengths, prompts, self.table[:size])
+        return Batch(positions, slots, self.starts[: size + 1], lengths, prompts, self.table[:size, :width])
+
+    def width(self, works: Sequence[Work]) -> int:
+        """Of a table that names all pages of these texts."""
+        return table_bucket(max(len(work.written.pages) for work in works), self.table.shape[1])
 
 
 class GraphRunner(Runner):
@@ -95,8 +98,9 @@ class GraphRunner(Runner):
         self.is_recording = True
         self.passes = Recordings(lane, "decode")
         self._inputs = Inputs(lane, cache, texts, decoder.config.max_positions)
+        self._largest = ("picks", texts, self._inputs.table.shape[1])
         self._heard = lane.staging((3 * texts,), torch.float64)
-        self._settings = [setting.to(lane.device) for setting in _plain(texts)]
+        self._settings = [setting.to(lane.device) for setting in plain_arguments(texts)]
         self._logits: Tensor | None = None  # fp32 [texts, vocab], where guards or sampling look at them
 
     @torch.inference_mode()
@@ -112,55 +116,49 @@ class GraphRunner(Runner):
         return super().run(works)
 
     def _replayed(self, works: Sequence[Work]) -> Said:
-        self._check_ids([work.ids[0] for work in works])
+        self.check_ids([work.ids[0] for work in works])  # what is recorded cannot refuse anything
         self.cache.append([work.written for work in works], [1] * len(works))
-        if not self.passes.is_known(("picks", self.texts)):
+        if not self.passes.is_known(self._largest):
             self._record_largest(works)
-        size, picks = text_bucket(len(works), self.texts), _picks(works)
+        size, width, picks = text_bucket(len(works), self.texts), self._inputs.width(works), picks_of(works)
         self._inputs.fill(works, size)
         if picks:
-            logits = self.passes.run(("logits", size), lambda: self._said(size))
+            logits = self.passes.run(("logits", size, width), lambda: self._said(size, width))
             said = pick(logits[: len(works)], picks, confidence_temperature=self.temperature)
         else:
-            said = self._told(self.passes.run(("picks", size), lambda: self._picked(size)), len(works))
+            said = self._told(self.passes.run(("picks", size, width), lambda: self._picked(size, width)), len(works))
         self._inputs.is_free = True  # the host has waited
         return said
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        """As the decoder's `embed`, but on the host: what is recorded cannot refuse anything."""
-        count = self.decoder.config.vocab_size
-        if min(ids) < 0 or max(ids) >= count:
-            at = next(at for at, token in enumerate(ids) if not 0 <= token < count)
-            raise InputError(f"token ids must be 0 to {count - 1}, got {ids[at]} at {at}")
 
     def _record_largest(self, works: Sequence[Work]) -> None:
         """Before any other: smaller ones find their memory in what it leaves.  Ever larger ones would each ask for more."""
         self._inputs.fill(works, self.texts)
+        _, size, width = self._largest
         try:
             for _ in range(2):  # called, then recorded; what it writes to the cache is what the pass is about to write
-                self.passes.run(("picks", self.texts), lambda: self._picked(self.texts))
+                self.passes.run(self._largest, lambda: self._picked(size, width))
         except torch.OutOfMemoryError:  # which fails this pass; it is tried again, and is then no larger than it must be
             self.is_recording = False
             log.warning("decode: nothing is recorded, for there is no room for a pass of %d texts", self.texts)
             raise
 
-    def _hidden(self, size: int) -> Tensor:
+    def _hidden(self, size: int, width: int) -> Tensor:
         """[size, hidden]."""
         embedded = self.decoder.model.embed_tokens(self._inputs.numbers[IDS, :size])
-        hidden: Tensor = self.decoder(embedded, self._inputs.batch(size), self.cache)
+        hidden: Tensor = self.decoder(embedded, self._inputs.batch(size, width), self.cache)
         return hidden
 
-    def _picked(self, size: int) -> Tensor:
+    def _picked(self, size: int, width: int) -> Tensor:
         """The likeliest tokens, as `packed` has them: [3, size]."""
-        logits, settings = self.decoder.logits(self._hidden(size)), [setting[:size] for setting in self._settings]
+        logits, settings = self.decoder.logits(self._hidden(size, width)), [setting[:size] for setting in self._settings]
         picked = ops.pick_token(logits, *settings, most_guard=0, is_sampled=False, confidence_temperature=self.temperature)
         return packed(*picked)
 
-    def _said(self, size: int) -> Tensor:
+    def _said(self, size: int, width: int) -> Tensor:
         """Logits, fp32 [size, vocab], in memory that all sizes share."""
         if self._logits is None:
             self._logits = torch.empty(self.texts, self.decoder.config.vocab_size, device=self.lane.device)
-        return self._logits[:size].copy_(self.decoder.logits(self._hidden(size)))
+        return self._logits[:size].copy_(self.decoder.logits(self._hidden(size, width)))
 
     def _told(self, picked: Tensor, count: int) -> Said:
         """What the host has been waiting for, of the rows that somebody asked for."""

@@ -36,6 +36,7 @@ def pass_bytes(config: ModelConfig, limits: Limits, itemsize: int) -> int:
     Of kernels that keep what is inside attention on the chip; plain torch holds more.
     """
     decoder = _decoder_bytes(config.decoder, limits.tokens, itemsize) + _decoder_bytes(config.decoder, limits.texts, itemsize)
+    decoder += limits.texts * _chunk_bytes(config.decoder)
     logits = limits.texts * config.decoder.vocab_size * 4  # fp32, which recorded passes leave for guards and sampling
     return decoder + logits + 2 * _encoder_bytes(config, itemsize)
 
@@ -47,6 +48,11 @@ def _decoder_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> int:
     shared = 3 * config.shared_experts * config.expert_width * itemsize
     picked = config.vocab_size * (itemsize + 3 * 4)  # logits, in fp32 too, and two copies for log-probability and confidence
     return tokens * (stream + dense + routed + shared + 16 * config.experts + picked)
+
+
+def _chunk_bytes(config: DecoderConfig) -> int:
+    """Of a text whose attention goes by chunks of 256 tokens, in the widest table: what each chunk mixed, its sum and its most."""
+    return -(-config.max_positions // 256) * config.heads * (config.head_dim + 2) * 4  # fp32
 
 
 def _encoder_bytes(config: ModelConfig, itemsize: int) -> int:

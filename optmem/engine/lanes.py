@@ -65,7 +65,7 @@ class PlainLane:
 
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Plain memory."""
-        return torch.zeros(tuple(shape), dtype=dtype)
+        return torch.zeros(tuple(shape), dtype=dtype, device="cpu")
 
     def staged(self, tensor: Tensor) -> Tensor:
         """As it is."""
@@ -110,7 +110,7 @@ class CudaLane:
 
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Pinned memory."""
-        return torch.zeros(tuple(shape), dtype=dtype).pin_memory()
+        return torch.zeros(tuple(shape), dtype=dtype, device="cpu").pin_memory()
 
     def staged(self, tensor: Tensor) -> Tensor:
         """In pinned memory of torch's own pool, which knows the copies that are made of it."""
@@ -138,8 +138,10 @@ class CudaLane:
         if follows:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            yield
-            self.wait()
+            try:
+                yield
+            finally:
+                self.wait()
 
     def wait(self) -> None:
         """For what is on the stream that this thread has."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from optmem.engine.draft import Said
 from optmem.engine.sampling import Pick, pick
 from optmem.engine.scheduler import Work
+from optmem.errors import InputError
 from optmem.machine import to_device
 from optmem.model.cache import Cache
 from optmem.model.decoder import Decoder
@@ -35,8 +36,15 @@ class Runner:
         if not asked:
             return Said([], [], [])
         if len(asked) < hidden.shape[0]:
-            hidden = hidden[to_device(torch.tensor(asked), hidden.device)]
-        return pick(self.decoder.logits(hidden), _picks(speaking), confidence_temperature=self.temperature)
+            hidden = hidden[to_device(torch.tensor(asked, device="cpu"), hidden.device)]
+        return pick(self.decoder.logits(hidden), picks_of(speaking), confidence_temperature=self.temperature)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """As the decoder's `embed`, but on the host.  Raises InputError."""
+        count = self.decoder.config.vocab_size
+        if min(ids) < 0 or max(ids) >= count:
+            at = next(at for at, token in enumerate(ids) if not 0 <= token < count)
+            raise InputError(f"token ids must be 0 to {count - 1}, got {ids[at]} at {at}")
 
     def working(self) -> AbstractContextManager[None]:
         """Where a thread stays that only runs passes."""
@@ -44,7 +52,9 @@ class Runner:
 
     def _embeddings(self, ids: Sequence[int], placed: Sequence[tuple[int, Tensor]]) -> Tensor:
         """[T, hidden]: words from the table in one call, vectors of prompts in their places."""
-        embedded = self.decoder.embed(to_device(torch.tensor(ids), self.cache.keys.device))
+        self.check_ids(ids)
+        told = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        embedded = self.decoder.embed(to_device(told, self.cache.keys.device), is_checked=True)
         for first, vectors in placed:
             embedded[first : first + vectors.shape[0]] = vectors
         return embedded
@@ -77,7 +87,7 @@ def _gathered(works: Sequence[Work]) -> _Gathered:
     return gathered
 
 
-def _picks(works: Sequence[Work]) -> list[Pick]:
+def picks_of(works: Sequence[Work]) -> list[Pick]:
     """How every token is picked; nothing where all are the likeliest."""
     if all(work.speech is None or work.speech.sampling.is_plain for work in works):
         return []

@@ -110,7 +110,7 @@ def pick(logits: Tensor, picks: Sequence[Pick], *, confidence_temperature: float
 
     A row that holds NaN gives id -1.
     """
-    arguments = _arguments(picks, logits.shape[0]) if picks else _plain(logits.shape[0])
+    arguments = _arguments(picks, logits.shape[0]) if picks else plain_arguments(logits.shape[0])
     most_guard = max((each.sampling.guard.size for each in picks if each.sampling.guard), default=0)
     is_sampled = any(each.sampling.temperature > 0 for each in picks)
     placed = [to_device(argument, logits.device) for argument in arguments]
@@ -134,11 +134,12 @@ def unpacked(picked: Tensor) -> Said:
 
 
 @lru_cache(maxsize=16)
-def _plain(rows: int) -> list[Tensor]:
-    """What pick_token wants to know of rows that ask for nothing.  It reads them only."""
-    nothing, zeros = torch.empty((rows, 0), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-    numbers = torch.zeros(rows)
-    return [nothing, zeros, zeros, nothing, numbers, torch.ones(rows), numbers.double()]
+def plain_arguments(rows: int) -> tuple[Tensor, ...]:
+    """What pick_token wants to know of rows that ask for nothing, on the host.  It reads them only."""
+    with torch.device("cpu"):  # whatever the caller's default is: they are kept
+        nothing, zeros = torch.empty((rows, 0), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        numbers, ones = torch.zeros(rows, dtype=torch.float32), torch.ones(rows, dtype=torch.float32)
+        return nothing, zeros, zeros, nothing, numbers, ones, numbers.double()
 
 
 def _arguments(picks: Sequence[Pick], rows: int) -> list[Tensor]:

@@ -96,8 +96,10 @@ class Sequence:
 
     def forget_unseen(self) -> None:
         """Gives back the pages that no later token sees."""
-        unseen = self.unseen()
-        self.cache.give_back(self.passed())
+        unseen, passed = self.unseen(), self.passed()
+        if not passed:  # in all passes but one in page_size
+            return
+        self.cache.give_back(passed)
         self.pages[unseen.start : unseen.stop] = [GONE] * len(unseen)
         self.roomy_to, self._row = 0, None
 

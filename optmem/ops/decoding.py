@@ -39,8 +39,8 @@ def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, sca
     scales  fp32 [out]  what a row of int8 is multiplied by
     -> [T, out]
 
-    On a CPU with products of 16-bit integers, bf16 tokens meet int8 as such: what is smaller than a 128th of a row's largest number
-    is rounded to 2^-14 of it or less.
+    On a CPU with products of 16-bit integers, bf16 tokens meet int8 as such: up to 8,192 columns what is smaller than a 128th of a
+    row's largest number is rounded to 2^-14 of it or less, and a row that holds an infinity gives NaN.
     """
     check_float("linear_rows", "x", x, 2)
     if weight.dim() != 2:

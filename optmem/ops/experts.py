@@ -111,6 +111,7 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, scale
     -> [T, D]
 
     On CPU a token's result does not depend on the others, bit for bit.
+    Experts of int8 take bf16 tokens as `linear_rows` does, before each of the two products.
     Raises InputError where order or starts point outside; on CUDA the host does not wait to see that, and such pairs are undefined.
     """
     check_float("expert_mlp", "x", x, 2)
