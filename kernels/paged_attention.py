@@ -349,8 +349,9 @@ def specialise_prompt(inputs: Inputs, out: Tensor, plan: PagedPlan, window: int,
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """The heads of the decoders, and ones that allow no vector loads."""
-    for dtype, heads, dim in ((torch.bfloat16, 10, 128), (torch.float32, 10, 128), (torch.float16, 3, 31)):
+    """The heads of the decoders and of nano, and ones that allow no vector loads."""
+    sizes = [(dtype, heads, dim) for dtype in (torch.bfloat16, torch.float32) for heads, dim in ((10, 128), (6, 64))]
+    for dtype, heads, dim in [*sizes, (torch.float16, 3, 31)]:
         query, cache = ((80, heads, dim), (64, 16, heads, dim))
         queries, keys, values, out = (torch.empty(shape, dtype=dtype, device="meta") for shape in (query, cache, cache, query))
         table = torch.empty(4, 20, dtype=torch.int32, device="meta")

@@ -112,6 +112,7 @@ def gate_cases() -> Iterator[GateCase]:
         (torch.bfloat16, 10, 128),
         (torch.float32, 10, 128),
         (torch.bfloat16, 6, 64),
+        (torch.float32, 6, 64),
         (torch.bfloat16, 3, 34),
     )
     for dtype, heads, dim in shapes:
