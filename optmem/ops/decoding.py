@@ -369,7 +369,8 @@ def paged_attention(
     for name, tensor in (("lengths", lengths), ("prompts", prompts)):
         check_index("paged_attention", name, tensor, torch.int64, [sequences])
     check_place("paged_attention", queries, table=table, starts=starts, lengths=lengths, prompts=prompts)
-    check(window is None or window > 0, f"paged_attention: window must be positive or None, got {window}")
+    if window is not None and window <= 0:  # a message is made of a number only where it is said: a graph's may have no value yet
+        raise InputError(f"paged_attention: window must be positive or None, got {window}")
     with as_input_error():
         out: Tensor = torch.ops.optmem.paged_attention(queries, keys, values, table, starts, lengths, prompts, window or 0, scale)
     return out
