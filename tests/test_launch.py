@@ -266,15 +266,6 @@ def test_tiles_cover_what_they_are_chosen_for(count):
     assert (launch.cdiv(count, 16) - 1) * 16 < count <= launch.cdiv(count, 16) * 16
 
 
-@pytest.mark.parametrize("width", range(1, launch.WIDEST_GRID + 1))
-def test_a_row_of_keys_is_cut_without_a_rest(width):
-    main, tail = launch.row_blocks(width)
-    assert main + tail >= width
-    assert main + tail <= launch.tile_side(width)
-    assert tail == 0 or main < width
-    assert all(block == 0 or (block & (block - 1) == 0 and block >= 16) for block in (main, tail))
-
-
 def test_a_decode_step_is_planned_for_every_batch():
     """One token of every sequence: no kernel for prompts, a row for each, and chunks for the longest of 8,192 tokens."""
     for tokens in TOKENS:
