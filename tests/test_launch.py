@@ -151,7 +151,7 @@ def rope_cache(dtype):
     for text in (model.decoder for model in MODELS):
         token, half = meta(1, text.heads, text.head_dim, dtype=dtype), meta(1, text.head_dim // 2, dtype=dtype)
         slots, cells = meta(1, dtype=torch.int64), meta(2, 16, text.heads, text.head_dim, dtype=dtype)
-        yield module.rope_cache_kernel, *module.specialise(token, token, token, half, half, slots, cells, cells)
+        yield module.rope_cache_kernel, *module.specialise(token, token, token, half, half, slots, cells, cells, None, None)
 
 
 def paged_attention(dtype):
@@ -159,7 +159,7 @@ def paged_attention(dtype):
     for text in (model.decoder for model in MODELS):
         queries, cells = meta(80, text.heads, text.head_dim, dtype=dtype), meta(2, 16, text.heads, text.head_dim, dtype=dtype)
         told = [meta(size, dtype=torch.int64) for size in (5, 4, 4)]
-        inputs = (queries, cells, cells, meta(4, 20, dtype=torch.int32), *told)
+        inputs = (queries, cells, cells, meta(4, 20, dtype=torch.int32), *told, None, None)
         tile = launch.paged_tile(text.head_dim, dtype.itemsize, is_prompt=True)
         plan = launch.paged_plan(80, 4, 320, tile.BLOCK_M)
         mixed = meta(1, dtype=torch.float32)

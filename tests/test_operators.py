@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from optmem import ops
 from optmem.ops.registry import library
@@ -27,7 +28,7 @@ class Call:
 
     def __call__(self, function):
         """With copies of the tensors, some of which an operator may write to: its results, and what became of them."""
-        arguments = [value.clone() if isinstance(value, torch.Tensor) else value for value in self.arguments]
+        arguments = tree_map_only(torch.Tensor, torch.clone, list(self.arguments))
         results = function(*arguments, **(self.options or {}))
         return tensors_in(results) + tensors_in(arguments)
 
@@ -76,11 +77,17 @@ def calls():
 def of_the_cache():
     """Three tokens of two sequences, the last of which is written nowhere; heads of 8."""
     q, k, v, keys, values = random(3, 2, 8), random(3, 2, 8), random(3, 2, 8) + 1, random(4, 16, 2, 8), random(4, 16, 2, 8) + 1
-    yield Call("rope_cache", ops.rope_cache, (q, k, v, random(3, 4), random(3, 4), integers(0, 17, -1), keys, values))
+    turned = (q, k, v, random(3, 4), random(3, 4), integers(0, 17, -1))
+    yield Call("rope_cache", ops.rope_cache, (*turned, keys, values))
     table = integers([1, -7], [2, 0], dtype=torch.int32)
     places = (table, integers(0, 2, 3), integers(2, 18), integers(2, 5))
     yield Call("paged_attention", ops.paged_attention, (q, keys, values, *places, 7, 0.35))
     yield Call("paged_attention", ops.paged_attention, (q, keys, values, *places, None, 0.35), (q, keys, values, *places, 0, 0.35))
+    eight = (steps(4, 16, 2, 8), steps(4, 16, 2, 8))
+    scales = ops.CacheScales(random(4, 16, 2).abs(), random(4, 16, 2).abs())
+    yield Call("rope_cache", ops.rope_cache, (*turned, *eight, scales), (*turned, *eight, *scales))
+    handed = (q, *eight, *places, 7, 0.35, *scales)
+    yield Call("paged_attention", ops.paged_attention, (q, *eight, *places, 7, 0.35, scales), handed)
 
 
 def of_experts():
@@ -145,7 +152,7 @@ def test_a_fake_says_what_comes(call):
     """Shape, type and strides, without a number in memory: what a graph is recorded with."""
     expected = call(call.function)
     with FakeTensorMode() as mode, torch.no_grad():
-        arguments = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, list(call.arguments))
+        arguments = tree_map_only(torch.Tensor, mode.from_tensor, list(call.arguments))
         results = call.function(*arguments, **(call.options or {}))
     found = tensors_in(results) + tensors_in(arguments)
     shapes, types, strides = ([[getter(each) for each in tensors] for tensors in (found, expected)] for getter in LAYOUT)
