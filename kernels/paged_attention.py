@@ -52,14 +52,6 @@ def sequence_at(i_b, starts, lengths, prompts, T, table_tokens) -> tuple[Any, ..
 
 
 @triton.jit
-def at_head(scales, i_h) -> Any:
-    if scales is None:
-        return None
-    else:  # noqa: RET505 - what stands behind a return is compiled too
-        return scales + i_h
-
-
-@triton.jit
 def block_step(
     b_q,  # [BLOCK_M, BLOCK_D]
     i_m,  # [BLOCK_M] places of the queries
@@ -75,8 +67,9 @@ def block_step(
     p_table,
     p_keys,  # of the head
     p_values,
-    p_key_scales,  # of the head, or None
-    p_value_scales,
+    key_scales,  # fp32 [pages, PAGE, H], or None
+    value_scales,
+    i_h,
     max_pages,
     pages,
     scale,
@@ -94,22 +87,22 @@ def block_step(
     o_nd = ((b_page.to(tl.int64) * PAGE + o_n % PAGE) * H * D)[:, None] + o_d[None, :]
     b_k = tl.load(p_keys + o_nd, mask=m_nd, other=0)  # [BLOCK_N, BLOCK_D]
     b_v = tl.load(p_values + o_nd, mask=m_nd, other=0)  # [BLOCK_N, BLOCK_D]
-    if p_key_scales is not None:  # steps of int8 are exact in any of the types
+    if key_scales is not None:  # steps of int8 are exact in any of the types
         b_k = b_k.to(tl.float32).to(b_q.dtype)
         b_v = b_v.to(tl.float32).to(b_q.dtype)
     m_sees = (o_n[None, :] <= i_m[:, None]) & ((o_n < prompt)[None, :] | (o_n[None, :] > i_m[:, None] - window))
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-    if p_key_scales is not None:
-        o_scale = (b_page.to(tl.int64) * PAGE + o_n % PAGE) * H
-        b_score *= tl.load(p_key_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
+    if key_scales is not None:
+        o_scale = (b_page.to(tl.int64) * PAGE + o_n % PAGE) * H + i_h
+        b_score *= tl.load(key_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
     b_score = tl.where(m_sees, b_score, -float("inf"))  # [BLOCK_M, BLOCK_N]
     b_new = tl.maximum(b_max, tl.max(b_score, axis=1))
     b_base = tl.where(b_new == -float("inf"), 0.0, b_new)  # rows that have seen nothing yet
     b_p = tl.exp2(b_score - b_base[:, None])
     b_decay = tl.exp2(b_max - b_base)
     b_new_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
-    if p_key_scales is not None:
-        b_p *= tl.load(p_value_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
+    if key_scales is not None:
+        b_p *= tl.load(value_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
     b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
     return b_new, b_new_sum, b_out, b_lost | (m_n & (m_page == 0))
 
@@ -152,8 +145,6 @@ def paged_chunk_kernel(
     i_row = tl.minimum(start, i_b * few)  # rows of partial sums: those of sequences do not overlap
     i_key = i_c * CHUNK
     o_d = tl.arange(0, BLOCK_D)
-    p_key_scales = at_head(key_scales, i_h)
-    p_value_scales = at_head(value_scales, i_h)
     p_table = table + i_b * max_pages
     p_keys = keys + i_h * D
     p_values = values + i_h * D
@@ -174,7 +165,7 @@ def paged_chunk_kernel(
             for n in range(i_key, tl.minimum(i_key + CHUNK, i_last + 1), BLOCK_N):
                 b_max, b_sum, b_out, b_lost = block_step(
                     b_q, i_m, b_max, b_sum, b_out, b_lost, n + tl.arange(0, BLOCK_N), i_first, i_last, prompt, window,
-                    p_table, p_keys, p_values, p_key_scales, p_value_scales, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
+                    p_table, p_keys, p_values, key_scales, value_scales, i_h, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
                 )  # fmt: skip
             o_part = ((i_row + o_m) * chunks + i_c) * H + i_h  # [BLOCK_M]
             tl.store(mixed + o_part[:, None] * D + o_d[None, :], b_out, mask=m_md)
@@ -277,8 +268,6 @@ def paged_prompt_kernel(
     first = (i_tile - i_b - start // BLOCK_M).to(tl.int32) * BLOCK_M
     if (first < 0) | (first >= count) | (count <= few):
         return
-    p_key_scales = at_head(key_scales, i_h)
-    p_value_scales = at_head(value_scales, i_h)
     p_table = table + i_b.to(tl.int64) * max_pages
     p_keys = keys + i_h * D
     p_values = values + i_h * D
@@ -302,7 +291,7 @@ def paged_prompt_kernel(
         n = tl.where(block < behind, block, block - behind + recent) * BLOCK_N
         b_max, b_sum, b_out, b_lost = block_step(
             b_q, i_m, b_max, b_sum, b_out, b_lost, n + tl.arange(0, BLOCK_N), i_first, i_last, prompt, window,
-            p_table, p_keys, p_values, p_key_scales, p_value_scales, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
+            p_table, p_keys, p_values, key_scales, value_scales, i_h, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
         )  # fmt: skip
     b_sum = tl.where(tl.max(b_lost.to(tl.int32), axis=0) > 0, float("nan"), b_sum)[:, None]
     b_out = tl.where(b_sum > 0.0, b_out / tl.where(b_sum > 0.0, b_sum, 1.0), float("nan"))

@@ -150,7 +150,7 @@ def gate_cases() -> Iterator[GateCase]:
         token, half, cache = (4, heads, dim), (4, dim // 2), (8, 16, heads, dim)
         made = [torch.empty(shape, dtype=dtype, device="meta") for shape in (token, token, token, half, half, cache, cache)]
         slots = torch.empty(4, dtype=torch.int64, device="meta")
-        caches, scales = made[5:], [None, None]
+        caches, scales = made[5:], list[Any]([None, None])
         if is_eight:
             caches = [torch.empty(cache, dtype=torch.int8, device="meta") for _ in range(2)]
             scales = [torch.empty(cache[:3], device="meta") for _ in range(2)]
