@@ -287,7 +287,7 @@ class PagedTile(NamedTuple):
     num_stages: int
 
 
-def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool) -> PagedTile:
+def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool, is_8bit: bool = False) -> PagedTile:
     """A single query is a sixteenth of a tile: one head's dots at full bandwidth are 70 TFLOP/s so, of 400 and more.
 
     Blocks of 8 KiB of keys and as much of values: 128 registers a thread on sm_90, so that four programs of a multiprocessor have
@@ -297,7 +297,12 @@ def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool) -> PagedTile:
     if not is_prompt:
         keys = 16 if itemsize == 4 else max(16, min(64, 8192 // row))  # plain FMAs spill with more
         return PagedTile(PAGED_FEW, keys, num_warps=4, num_stages=3)
-    return PagedTile(64 if itemsize == 2 and row <= 256 else 16, max(16, min(64, 16384 // row)), num_warps=4, num_stages=3)
+    return PagedTile(
+        64 if itemsize == 2 and row <= 256 else 16,
+        max(16, min(32 if is_8bit else 64, 16384 // row)),
+        8 if is_8bit else 4,
+        num_stages=3,
+    )
 
 
 class PagedPlan(NamedTuple):

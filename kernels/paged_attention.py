@@ -322,7 +322,7 @@ def paged_attention(
     assert all(tensor is None or tensor.is_contiguous() for tensor in (*inputs, out))
     (tokens, heads, dim), (sequences, max_pages) = queries.shape, table.shape
     assert max_pages * keys.shape[1] < ENDLESS
-    prompt_tile = paged_tile(dim, queries.element_size(), is_prompt=True)
+    prompt_tile = paged_tile(dim, queries.element_size(), is_prompt=True, is_8bit=key_scales is not None)
     plan = paged_plan(tokens, sequences, max_pages * keys.shape[1], prompt_tile.BLOCK_M)
     mixed = queries.new_empty((plan.rows, plan.chunks, heads, dim), dtype=torch.float32)
     stats = queries.new_empty((plan.rows, plan.chunks, heads, 2), dtype=torch.float32)
@@ -380,7 +380,7 @@ def gate_cases() -> Iterator[GateCase]:
         if is_eight:
             keys, scales = torch.empty(cache, dtype=torch.int8, device="meta"), torch.empty(cache[:3], device="meta")
             inputs = (queries, keys, keys, table, *told, scales, scales)
-        tile = paged_tile(dim, dtype.itemsize, is_prompt=True)
+        tile = paged_tile(dim, dtype.itemsize, is_prompt=True, is_8bit=is_eight)
         plan = paged_plan(80, 4, 320, tile.BLOCK_M)
         mixed = torch.empty(plan.rows, plan.chunks, heads, dim, device="meta")
         stats = torch.empty(plan.rows, plan.chunks, heads, 2, device="meta")
