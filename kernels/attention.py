@@ -159,7 +159,8 @@ def specialise(
 
 def gate_cases() -> Iterator[GateCase]:
     """The heads of CLIP and of the second generation, nano's wider ones, odd ones; fp32."""
-    sizes = [(torch.bfloat16, 64, 7), (torch.bfloat16, 96, 1), (torch.bfloat16, 5, 1), (torch.float32, WIDEST_HEAD, 1)]
+    sizes = [(torch.bfloat16, 64, 7), (torch.bfloat16, 96, 1), (torch.bfloat16, 5, 1)]
+    sizes += [(torch.float32, 64, 7), (torch.float32, WIDEST_HEAD, 1)]
     for dtype, head_dim, group in sizes:
         qkv = torch.empty(2, 257, 3, 14, head_dim, dtype=dtype, device="meta")
         query, key, value = qkv.unbind(2)

@@ -327,11 +327,13 @@ def specialise_sum(given: Given, outputs: Tensor, out: Tensor) -> Launch:
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """The experts of the decoders, every tile; and ones that allow no vector loads."""
-    for dtype, hidden, width, top_k in (
-        (torch.bfloat16, 1280, 896, 6),
-        (torch.float32, 1280, 896, 6),
-        (torch.float16, 77, 33, 2),
+    """The experts of the decoders, every tile; nano's, with those of its batches; and ones that allow no vector loads."""
+    for dtype, hidden, width, top_k, num_tiles in (
+        (torch.bfloat16, 1280, 896, 6, 3),
+        (torch.float32, 1280, 896, 6, 1),
+        (torch.bfloat16, 384, 24, 1, 2),
+        (torch.float32, 384, 24, 1, 0),
+        (torch.float16, 77, 33, 2, 1),
     ):
         made = ((40, hidden), (64, 2 * width, hidden), (64, hidden, width), (40 * top_k, width), (40 * top_k, hidden))
         x, gate_up, down, inner, outputs = (torch.empty(shape, dtype=dtype, device="meta") for shape in made)
@@ -343,7 +345,7 @@ def gate_cases() -> Iterator[GateCase]:
         launch = specialise_vector_out_of(given, inner, x)
         yield GateCase(f"vector-out-of-{name}", expert_vector_out_of_kernel, *launch, tensor_cores=False)
         yield GateCase(f"sum-{name}", expert_sum_kernel, *specialise_sum(given, outputs, x), tensor_cores=False)
-        for tile in expert_tiles(dtype.itemsize) if hidden == 1280 else expert_tiles(dtype.itemsize)[:1]:
+        for tile in expert_tiles(dtype.itemsize)[:num_tiles]:
             is_half, is_small = dtype.itemsize == 2, tile.BLOCK_M < 64
             launch = specialise_into(given, inner, tile)
             yield GateCase(f"into-{name}-{tile.BLOCK_M}", expert_into_kernel, *launch, is_half, is_small)

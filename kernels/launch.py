@@ -59,7 +59,8 @@ def row_blocks(width: int) -> tuple[int, int]:
 def global_attention_tiles(width: int, itemsize: int) -> tuple[GridTile, ...]:
     """All that global_attention_tile can return, the largest first: what the compile gate builds."""
     main, tail = row_blocks(width)
-    if itemsize == 4:  # plain FMAs, which hold whole rows of both operands in registers
+    if itemsize == 4:  # plain FMAs, which hold whole rows of both operands in registers: for 40 and 48 two tiles would spill
+        main, tail = (main, tail) if width > 64 else (tile_side(width), 0)
         return (GridTile(16, main, tail, num_warps=8, num_stages=1),)
     wide = GridTile(128, main, tail, num_warps=8, num_stages=3)
     return (wide,) if tail else (wide, GridTile(64, main, 0, num_warps=4, num_stages=3))  # with a tail four warps spill
@@ -286,7 +287,7 @@ class PagedTile(NamedTuple):
     num_stages: int
 
 
-def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool) -> PagedTile:
+def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool, is_8bit: bool = False) -> PagedTile:
     """A single query is a sixteenth of a tile: one head's dots at full bandwidth are 70 TFLOP/s so, of 400 and more.
 
     Blocks of 8 KiB of keys and as much of values: 128 registers a thread on sm_90, so that four programs of a multiprocessor have
@@ -294,8 +295,14 @@ def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool) -> PagedTile:
     """
     row = power_of_two(max(16, head_dim)) * itemsize  # bytes
     if not is_prompt:
-        return PagedTile(PAGED_FEW, max(16, min(64, 8192 // row)), num_warps=4, num_stages=3)
-    return PagedTile(64 if itemsize == 2 and row <= 256 else 16, max(16, min(64, 16384 // row)), num_warps=4, num_stages=3)
+        keys = 16 if itemsize == 4 else max(16, min(64, 8192 // row))  # plain FMAs spill with more
+        return PagedTile(PAGED_FEW, keys, num_warps=4, num_stages=3)
+    return PagedTile(
+        64 if itemsize == 2 and row <= 256 else 16,
+        max(16, min(32 if is_8bit else 64, 16384 // row)),
+        8 if is_8bit else 4,
+        num_stages=3,
+    )
 
 
 class PagedPlan(NamedTuple):

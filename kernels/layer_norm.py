@@ -71,8 +71,8 @@ def specialise(
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """The first stage's width, one that allows no vector loads, and the widest."""
-    for dtype, width in itertools.product((torch.bfloat16, torch.float32), (768, 77, WIDEST_NORM)):
+    """The widths of both stages and of the neck, nano's, one that allows no vector loads, and the widest."""
+    for dtype, width in itertools.product((torch.bfloat16, torch.float32), (768, 192, 384, 77, WIDEST_NORM)):
         x = torch.empty(4096, width, dtype=dtype, device="meta")
         arguments, options = specialise(x, x[0], x[0], 1e-6, x, layer_norm_tile(width))
         name = f"{str(dtype).removeprefix('torch.')}-D{width}"

@@ -3,7 +3,8 @@
     out[i, h] = sum over j of softmax(scale * q[i, h] . k[j, h]) v[j, h]      over keys j <= i with j < prompt or j > i - window
 
     queries, out   [T, H, D]                    sequence b asks with starts[b] .. starts[b + 1], the last of them at lengths[b] - 1
-    keys, values   [pages, page_size, H, D]     fp32, bf16 or fp16, as queries and out
+    keys, values   [pages, page_size, H, D]     fp32, bf16 or fp16, as queries and out; or int8, and then
+    key_scales, value_scales   fp32 [pages, page_size, H]   a step of int8: it multiplies logits and weights, not the tiles
     table          int32 [B, max_pages]         page of every page_size tokens
     starts         int64 [B + 1], lengths and prompts int64 [B]
 
@@ -66,6 +67,9 @@ def block_step(
     p_table,
     p_keys,  # of the head
     p_values,
+    key_scales,  # fp32 [pages, PAGE, H], or None
+    value_scales,
+    i_h,
     max_pages,
     pages,
     scale,
@@ -81,17 +85,26 @@ def block_step(
     m_page = (b_page >= 0) & (b_page < pages)
     m_nd = (m_n & m_page)[:, None] & (o_d < D)[None, :]
     o_nd = ((b_page.to(tl.int64) * PAGE + o_n % PAGE) * H * D)[:, None] + o_d[None, :]
-    b_k = tl.load(p_keys + o_nd, mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
-    b_v = tl.load(p_values + o_nd, mask=m_nd, other=0.0)  # [BLOCK_N, BLOCK_D]
+    b_k = tl.load(p_keys + o_nd, mask=m_nd, other=0)  # [BLOCK_N, BLOCK_D]
+    b_v = tl.load(p_values + o_nd, mask=m_nd, other=0)  # [BLOCK_N, BLOCK_D]
+    if key_scales is not None:  # steps of int8 are exact in any of the types
+        b_k = b_k.to(tl.float32).to(b_q.dtype)
+        b_v = b_v.to(tl.float32).to(b_q.dtype)
     m_sees = (o_n[None, :] <= i_m[:, None]) & ((o_n < prompt)[None, :] | (o_n[None, :] > i_m[:, None] - window))
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+    if key_scales is not None:
+        o_scale = (b_page.to(tl.int64) * PAGE + o_n % PAGE) * H + i_h
+        b_score *= tl.load(key_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
     b_score = tl.where(m_sees, b_score, -float("inf"))  # [BLOCK_M, BLOCK_N]
     b_new = tl.maximum(b_max, tl.max(b_score, axis=1))
     b_base = tl.where(b_new == -float("inf"), 0.0, b_new)  # rows that have seen nothing yet
     b_p = tl.exp2(b_score - b_base[:, None])
     b_decay = tl.exp2(b_max - b_base)
+    b_new_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+    if key_scales is not None:
+        b_p *= tl.load(value_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
     b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
-    return b_new, b_sum * b_decay + tl.sum(b_p, axis=1), b_out, b_lost | (m_n & (m_page == 0))
+    return b_new, b_new_sum, b_out, b_lost | (m_n & (m_page == 0))
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "few", "max_pages", "pages", "window"])
@@ -103,6 +116,8 @@ def paged_chunk_kernel(
     starts,  # [B + 1]
     lengths,  # [B]
     prompts,  # [B]
+    key_scales,  # fp32 [pages, PAGE, H], or None where keys and values are not int8
+    value_scales,
     mixed,  # fp32 [rows, chunks, H, D], not yet divided by their sums
     stats,  # fp32 [rows, chunks, H, 2]: maximum, as a power of two, and sum
     T,
@@ -150,7 +165,7 @@ def paged_chunk_kernel(
             for n in range(i_key, tl.minimum(i_key + CHUNK, i_last + 1), BLOCK_N):
                 b_max, b_sum, b_out, b_lost = block_step(
                     b_q, i_m, b_max, b_sum, b_out, b_lost, n + tl.arange(0, BLOCK_N), i_first, i_last, prompt, window,
-                    p_table, p_keys, p_values, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
+                    p_table, p_keys, p_values, key_scales, value_scales, i_h, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
                 )  # fmt: skip
             o_part = ((i_row + o_m) * chunks + i_c) * H + i_h  # [BLOCK_M]
             tl.store(mixed + o_part[:, None] * D + o_d[None, :], b_out, mask=m_md)
@@ -222,6 +237,8 @@ def paged_prompt_kernel(
     starts,  # [B + 1]
     lengths,  # [B]
     prompts,  # [B]
+    key_scales,  # fp32 [pages, PAGE, H], or None
+    value_scales,
     out,  # [T, H, D]
     T,
     B,
@@ -274,7 +291,7 @@ def paged_prompt_kernel(
         n = tl.where(block < behind, block, block - behind + recent) * BLOCK_N
         b_max, b_sum, b_out, b_lost = block_step(
             b_q, i_m, b_max, b_sum, b_out, b_lost, n + tl.arange(0, BLOCK_N), i_first, i_last, prompt, window,
-            p_table, p_keys, p_values, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
+            p_table, p_keys, p_values, key_scales, value_scales, i_h, max_pages, pages, scale, H, D, PAGE, BLOCK_D,
         )  # fmt: skip
     b_sum = tl.where(tl.max(b_lost.to(tl.int32), axis=0) > 0, float("nan"), b_sum)[:, None]
     b_out = tl.where(b_sum > 0.0, b_out / tl.where(b_sum > 0.0, b_sum, 1.0), float("nan"))
@@ -295,15 +312,17 @@ def paged_attention(
     window: int,
     scale: float,
     out: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Fills out; a window of 0 hides nothing.  ops.paged_attention is the checked way in."""
     if out.numel() == 0:
         return
-    inputs = (queries, keys, values, table, starts, lengths, prompts)
-    assert all(tensor.is_contiguous() for tensor in (*inputs, out))
+    inputs = (queries, keys, values, table, starts, lengths, prompts, key_scales, value_scales)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in (*inputs, out))
     (tokens, heads, dim), (sequences, max_pages) = queries.shape, table.shape
     assert max_pages * keys.shape[1] < ENDLESS
-    prompt_tile = paged_tile(dim, queries.element_size(), is_prompt=True)
+    prompt_tile = paged_tile(dim, queries.element_size(), is_prompt=True, is_8bit=key_scales is not None)
     plan = paged_plan(tokens, sequences, max_pages * keys.shape[1], prompt_tile.BLOCK_M)
     mixed = queries.new_empty((plan.rows, plan.chunks, heads, dim), dtype=torch.float32)
     stats = queries.new_empty((plan.rows, plan.chunks, heads, 2), dtype=torch.float32)
@@ -317,7 +336,7 @@ def paged_attention(
             paged_prompt_kernel[(plan.prompt_tiles * heads,)](*arguments, **options)
 
 
-Inputs = tuple[Tensor, ...]  # queries, keys, values, table, starts, lengths, prompts
+Inputs = tuple[Any, ...]  # queries, keys, values, table, starts, lengths, prompts, and two scales or None
 Launch = tuple[tuple[Any, ...], dict[str, Any]]  # arguments in the kernel's order, then constexprs and launch options by name
 
 
@@ -338,7 +357,7 @@ def specialise_chunk(inputs: Inputs, mixed: Tensor, stats: Tensor, plan: PagedPl
 def specialise_combine(inputs: Inputs, mixed: Tensor, stats: Tensor, out: Tensor, plan: PagedPlan, window: int) -> Launch:
     tokens = inputs[0].shape[0]
     sizes = (tokens, plan.chunks, plan.few, inputs[3].shape[1], min(window or ENDLESS, ENDLESS))
-    return (mixed, stats, *inputs[4:], out, *sizes), {**COMBINED, **_sizes(inputs)}
+    return (mixed, stats, *inputs[4:7], out, *sizes), {**COMBINED, **_sizes(inputs)}
 
 
 def specialise_prompt(inputs: Inputs, out: Tensor, plan: PagedPlan, window: int, scale: float, tile: PagedTile) -> Launch:
@@ -349,21 +368,27 @@ def specialise_prompt(inputs: Inputs, out: Tensor, plan: PagedPlan, window: int,
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """The heads of the decoders, and ones that allow no vector loads."""
-    for dtype, heads, dim in ((torch.bfloat16, 10, 128), (torch.float32, 10, 128), (torch.float16, 3, 31)):
+    """The heads of the decoders and of nano, and ones that allow no vector loads."""
+    sizes = [(dtype, heads, dim) for dtype in (torch.bfloat16, torch.float32) for heads, dim in ((10, 128), (6, 64))]
+    eight = [(dtype, heads, dim, True) for dtype, heads, dim in [*sizes, (torch.float16, 3, 31)] if dtype.itemsize == 2]
+    for dtype, heads, dim, is_eight in [*((*size, False) for size in sizes), (torch.float16, 3, 31, False), *eight]:
         query, cache = ((80, heads, dim), (64, 16, heads, dim))
         queries, keys, values, out = (torch.empty(shape, dtype=dtype, device="meta") for shape in (query, cache, cache, query))
         table = torch.empty(4, 20, dtype=torch.int32, device="meta")
         told = [torch.empty(size, dtype=torch.int64, device="meta") for size in (5, 4, 4)]
-        inputs = (queries, keys, values, table, *told)
-        tile = paged_tile(dim, dtype.itemsize, is_prompt=True)
+        inputs = (queries, keys, values, table, *told, None, None)
+        if is_eight:
+            keys, scales = torch.empty(cache, dtype=torch.int8, device="meta"), torch.empty(cache[:3], device="meta")
+            inputs = (queries, keys, keys, table, *told, scales, scales)
+        tile = paged_tile(dim, dtype.itemsize, is_prompt=True, is_8bit=is_eight)
         plan = paged_plan(80, 4, 320, tile.BLOCK_M)
         mixed = torch.empty(plan.rows, plan.chunks, heads, dim, device="meta")
         stats = torch.empty(plan.rows, plan.chunks, heads, 2, device="meta")
-        name, is_half = f"{str(dtype).removeprefix('torch.')}-H{heads}-D{dim}", dtype.itemsize == 2
+        name, is_half = f"{str(dtype).removeprefix('torch.')}-H{heads}-D{dim}{'-8bit' * is_eight}", dtype.itemsize == 2
         chunk = specialise_chunk(inputs, mixed, stats, plan, 0, dim**-0.5)
         yield GateCase(f"chunk-{name}", paged_chunk_kernel, *chunk, tensor_cores=is_half, has_small_dots=True)
         combine = specialise_combine(inputs, mixed, stats, out, plan, 0)
-        yield GateCase(f"combine-{name}", paged_combine_kernel, *combine, tensor_cores=False)
+        if not is_eight:  # it reads neither keys nor values
+            yield GateCase(f"combine-{name}", paged_combine_kernel, *combine, tensor_cores=False)
         prompt = specialise_prompt(inputs, out, plan, 0, dim**-0.5, tile)
         yield GateCase(f"prompt-{name}", paged_prompt_kernel, *prompt, tensor_cores=is_half, has_small_dots=tile.BLOCK_M < 64)

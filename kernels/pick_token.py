@@ -19,6 +19,7 @@ Assumes contiguous tensors on one device, and a vocabulary below 2^30.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -224,8 +225,8 @@ def specialise_finish(tensors: tuple[Tensor, ...], most_guard: int, is_sampled: 
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """The vocabulary of the family, and one that allows no vector loads, heated and drawn."""
-    for vocab, heat, is_sampled in ((129280, 1.0, False), (131, 2.0, True)):
+    """The vocabulary of the family, and one of a single chunk that allows no vector loads, as nano's, heated."""
+    for vocab, heat in ((129280, 1.0), (131, 2.0)):
         rows, chunks, width = 4, cdiv(vocab, PICK.BLOCK_V), cdiv(vocab, 32)
         logits, stats = (torch.empty(shape, device="meta") for shape in ((rows, vocab), (rows, chunks, 4)))
         likeliest, banned = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((rows, chunks, 2), (rows, width)))
@@ -238,5 +239,7 @@ def gate_cases() -> Iterator[GateCase]:
             scan = specialise_scan(logits, bits, stats, likeliest, heat)
             yield GateCase(name, pick_scan_kernel, *scan, tensor_cores=False)
         tensors = (logits, stats, likeliest, whole, floats, whole, floats, floats)
-        finish = specialise_finish(tensors, 30, is_sampled, heat)
-        yield GateCase(f"finish-V{vocab}", pick_finish_kernel, *finish, tensor_cores=False)
+        for is_sampled, confidence in itertools.product((False, True), (1.0, 2.0)):
+            name = f"finish-V{vocab}{'-drawn' if is_sampled else ''}{'-heated' if confidence != 1 else ''}"
+            finish = specialise_finish(tensors, 30, is_sampled, confidence)
+            yield GateCase(name, pick_finish_kernel, *finish, tensor_cores=False)

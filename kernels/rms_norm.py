@@ -11,6 +11,7 @@ Assumes contiguous tensors on one device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,12 +84,10 @@ def gate_cases() -> Iterator[GateCase]:
     """The widths of the decoders, of the second generation's queries and of nano, and one that allows no vector loads."""
     half = torch.bfloat16
     for dtype, width, adds in (
-        (half, 1280, False),
-        (half, 1280, True),
-        (torch.float16, 896, False),
-        (half, 384, True),
-        (half, 77, True),
-        (torch.float32, 1280, True),
+        *itertools.product((half, torch.float32), (1280, 384), (False, True)),
+        (half, 896, False),
+        (torch.float32, 896, False),
+        (torch.float16, 77, True),
     ):
         x, out = (torch.empty(64, width, dtype=dtype, device="meta") for _ in range(2))
         weight = torch.empty(width, dtype=dtype, device="meta")

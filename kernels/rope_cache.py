@@ -6,7 +6,8 @@
     queries, keys, values   [T, H, D]                  fp32, bf16 or fp16; queries are rotated in place
     cos, sin                [T, D / 2]
     slots                   int64 [T]                  cell of every token; a negative one is nowhere
-    key_cache, value_cache  [pages, page_size, H, D]
+    key_cache, value_cache  [pages, page_size, H, D]   of the same type; or int8, and then
+    key_scales, value_scales   fp32 [pages, page_size, H]   what a head's 127 steps are: its largest number is one of 127
 
 The host does not wait to look at the slots.  A token whose cell lies behind the cache is written nowhere, and its query becomes
 NaN, so that it is seen in that row alone.
@@ -27,6 +28,31 @@ from torch import Tensor
 from optmem.kernels.launch import GateCase, cdiv, rope_tile
 
 
+@triton.jit
+def write(b_left, b_right, cache, scales, i_slot, o_h, o_left, o_right, m_cache, H, D) -> None:
+    """A token's heads to their cell; as int8 where there are scales for them."""
+    p_cell = cache + i_slot * H * D
+    if scales is None:
+        tl.store(p_cell + o_left, b_left, mask=m_cache)
+        tl.store(p_cell + o_right, b_right, mask=m_cache)
+    else:
+        b_left = tl.where(m_cache, b_left.to(tl.float32), 0.0)
+        b_right = tl.where(m_cache, b_right.to(tl.float32), 0.0)
+        b_most = tl.maximum(tl.max(tl.abs(b_left), axis=1), tl.max(tl.abs(b_right), axis=1))  # [BLOCK_H]
+        b_scale = tl.div_rn(b_most, 127.0)
+        tl.store(scales + i_slot * H + o_h, b_scale, mask=(o_h < H) & (tl.max(m_cache.to(tl.int32), axis=1) > 0))
+        b_divisor = tl.maximum(b_scale, 1.1754943508222875e-38)[:, None]  # of zeros, the smallest normal number
+        tl.store(p_cell + o_left, step(b_left, b_divisor), mask=m_cache)
+        tl.store(p_cell + o_right, step(b_right, b_divisor), mask=m_cache)
+
+
+@triton.jit
+def step(b_x, b_divisor) -> Any:
+    """The nearest whole number, of two the even one: beyond 1.5 * 2^23 the numbers of fp32 are whole."""
+    b_y = tl.div_rn(b_x, tl.broadcast_to(b_divisor, b_x.shape))
+    return ((b_y + 12582912.0) - 12582912.0).to(tl.int8)
+
+
 @triton.jit(do_not_specialize=["cells"])
 def rope_cache_kernel(
     queries,  # [T, H, D], in place
@@ -37,6 +63,8 @@ def rope_cache_kernel(
     slots,  # [T]
     key_cache,  # [cells, H, D]
     value_cache,  # [cells, H, D]
+    key_scales,  # fp32 [cells, H], or None
+    value_scales,  # fp32 [cells, H], or None
     cells,
     H,
     D: tl.constexpr,
@@ -68,13 +96,13 @@ def rope_cache_kernel(
     p_key = keys + i_t * H * D
     b_left = tl.load(p_key + o_left, mask=m_cache, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
     b_right = tl.load(p_key + o_right, mask=m_cache, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
-    p_cell = key_cache + i_slot * H * D
-    tl.store(p_cell + o_left, (b_left * b_cos - b_right * b_sin).to(key_cache.dtype.element_ty), mask=m_cache)
-    tl.store(p_cell + o_right, (b_right * b_cos + b_left * b_sin).to(key_cache.dtype.element_ty), mask=m_cache)
+    b_new_left = (b_left * b_cos - b_right * b_sin).to(keys.dtype.element_ty)
+    b_new_right = (b_right * b_cos + b_left * b_sin).to(keys.dtype.element_ty)
+    write(b_new_left, b_new_right, key_cache, key_scales, i_slot, o_h, o_left, o_right, m_cache, H, D)
     p_value = values + i_t * H * D
-    p_cell = value_cache + i_slot * H * D
-    tl.store(p_cell + o_left, tl.load(p_value + o_left, mask=m_cache), mask=m_cache)
-    tl.store(p_cell + o_right, tl.load(p_value + o_right, mask=m_cache), mask=m_cache)
+    b_left = tl.load(p_value + o_left, mask=m_cache)  # [BLOCK_H, BLOCK_D]
+    b_right = tl.load(p_value + o_right, mask=m_cache)  # [BLOCK_H, BLOCK_D]
+    write(b_left, b_right, value_cache, value_scales, i_slot, o_h, o_left, o_right, m_cache, H, D)
 
 
 def rope_cache(
@@ -86,19 +114,21 @@ def rope_cache(
     slots: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Rotates in place and writes to the caches.  ops.rope_cache is the checked way in."""
     if queries.numel() == 0:
         return
-    tensors = (queries, keys, values, cos, sin, slots, key_cache, value_cache)
-    assert all(tensor.is_contiguous() for tensor in tensors)
+    tensors = (queries, keys, values, cos, sin, slots, key_cache, value_cache, key_scales, value_scales)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     arguments, options = specialise(*tensors)
     grid = (queries.shape[0], cdiv(queries.shape[1], options["BLOCK_H"]))
     with torch.cuda.device_of(queries):
         rope_cache_kernel[grid](*arguments, **options)
 
 
-def specialise(*tensors: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def specialise(*tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a launch hands to the kernel: arguments in its order, then constexprs and launch options by name."""
     queries, key_cache = tensors[0], tensors[6]
     _, heads, dim = queries.shape
@@ -112,12 +142,18 @@ def gate_cases() -> Iterator[GateCase]:
         (torch.bfloat16, 10, 128),
         (torch.float32, 10, 128),
         (torch.bfloat16, 6, 64),
+        (torch.float32, 6, 64),
         (torch.bfloat16, 3, 34),
     )
-    for dtype, heads, dim in shapes:
+    eight = [(*shape, True) for shape in shapes[::2]]
+    for dtype, heads, dim, is_eight in [*((*shape, False) for shape in shapes), *eight]:
         token, half, cache = (4, heads, dim), (4, dim // 2), (8, 16, heads, dim)
         made = [torch.empty(shape, dtype=dtype, device="meta") for shape in (token, token, token, half, half, cache, cache)]
         slots = torch.empty(4, dtype=torch.int64, device="meta")
-        arguments, options = specialise(*made[:5], slots, *made[5:])
-        name = f"{str(dtype).removeprefix('torch.')}-H{heads}-D{dim}"
+        caches, scales = made[5:], list[Any]([None, None])
+        if is_eight:
+            caches = [torch.empty(cache, dtype=torch.int8, device="meta") for _ in range(2)]
+            scales = [torch.empty(cache[:3], device="meta") for _ in range(2)]
+        arguments, options = specialise(*made[:5], slots, *caches, *scales)
+        name = f"{str(dtype).removeprefix('torch.')}-H{heads}-D{dim}{'-8bit' if is_eight else ''}"
         yield GateCase(name, rope_cache_kernel, arguments, options, tensor_cores=False)

@@ -214,7 +214,7 @@ def specialise(
 def gate_cases() -> Iterator[GateCase]:
     """The windows of the families and of nano; a window that is all tail, the largest one, other types."""
     sizes = [(torch.bfloat16, 14, 64), (torch.bfloat16, 8, 48), (torch.bfloat16, 5, 5), (torch.bfloat16, WIDEST_WINDOW, 64)]
-    sizes += [(torch.float16, 14, 64), (torch.float32, 14, 64)]
+    sizes += [(torch.float16, 14, 64), (torch.float32, 14, 64), (torch.float32, 8, 48)]
     for dtype, side, head_dim in sizes:
         qkv = torch.empty(1, 64, 64, 3 * 12 * head_dim, dtype=dtype, device="meta")
         table = torch.empty(2 * side - 1, head_dim, dtype=dtype, device="meta")

@@ -257,13 +257,26 @@ def rope_cache(
     slots: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Rotate the queries in place, write rotated keys and values to their cells.  Shapes as in ops.rope_cache."""
     queries.copy_(rotate_half_split(queries, cos, sin))
     is_kept = slots >= 0
     cells = slots[is_kept]
-    key_cache.flatten(0, 1)[cells] = rotate_half_split(keys, cos, sin)[is_kept]
-    value_cache.flatten(0, 1)[cells] = values[is_kept]
+    written = ((rotate_half_split(keys, cos, sin), key_cache, key_scales), (values, value_cache, value_scales))
+    for numbers, cache, scales in written:
+        if scales is None:
+            cache.flatten(0, 1)[cells] = numbers[is_kept]
+        else:
+            cache.flatten(0, 1)[cells], scales.flatten(0, 1)[cells] = quantize_heads(numbers[is_kept])
+
+
+def quantize_heads(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, H, D] as int8 with a scale for every head of every token: steps [T, H, D], fp32 [T, H].  Ties go to even steps."""
+    numbers = numbers.float()
+    scales = numbers.abs().amax(-1) / 127
+    return (numbers / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8), scales
 
 
 def paged_attention(
@@ -276,6 +289,8 @@ def paged_attention(
     prompts: Tensor,
     window: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Every sequence's last tokens over its pages, one sequence after the other.  Shapes as in ops.paged_attention."""
     out = torch.empty_like(queries)
@@ -288,11 +303,17 @@ def paged_attention(
         allowed = allowed_keys(length - (end - start), length, prompt, window, queries.device)  # [end - start, length]
         key = allowed.any(0).nonzero().flatten()  # what no query sees may have been given back
         cells = table[b].long()[key // page_size] * page_size + key % page_size
-        seen_keys, seen_values = (_at_least_fp32(cache.flatten(0, 1)[cells]) for cache in (keys, values))  # [keys, H, D]
+        seen_keys, seen_values = (_at(cells, *cache) for cache in ((keys, key_scales), (values, value_scales)))
         scores = torch.einsum("qhd,khd->hqk", _at_least_fp32(queries[start:end]), seen_keys) * scale
         weights = scores.masked_fill(~allowed[:, key], -torch.inf).softmax(-1)
         out[start:end] = torch.einsum("hqk,khd->qhd", weights, seen_values).to(out.dtype)
     return out
+
+
+def _at(cells: Tensor, cache: Tensor, scales: Tensor | None) -> Tensor:
+    """What stands in these cells: [cells, H, D], in fp32 at least."""
+    found = cache.flatten(0, 1)[cells]
+    return _at_least_fp32(found) if scales is None else found.float() * scales.flatten(0, 1)[cells][..., None]
 
 
 def allowed_keys(first: int, length: int, prompt: int, window: int, device: torch.device) -> Tensor:

@@ -101,7 +101,7 @@ def build(kernel, arguments, options, folder, *, has_small_dots=False):
     cubin.write_bytes(compiled.asm["cubin"])
     usage = run_tool("cuobjdump", "-res-usage", cubin)
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    sass = run_tool("nvdisasm", "-c", cubin)
+    sass = run_tool("nvdisasm", "-c", "-ndf", cubin)  # no analysis of data flow, which takes as long as all the rest
     products = "HMMA" if has_small_dots else TENSOR_CORE[arch]
     local_accesses, tensor_core = (len(re.findall(rf"\b(?:{name})\b", sass)) for name in ("LDL|STL", products))
     return MachineCode(arch, registers, stack, local_accesses, tensor_core, compiled.metadata.shared)

@@ -47,6 +47,7 @@ from optmem.engine.vision_tokens import VisionTokens
 from optmem.errors import BackendError, CheckpointError, InputError, OptmemError
 from optmem.images import Pixels, is_whole, name_of, take_image
 from optmem.items import in_parts, watched
+from optmem.model.cache import Kv, check_kv
 from optmem.model.model import Model
 from optmem.model.quantize import quantize
 from optmem.pixels import Mode, make_views
@@ -65,6 +66,7 @@ class Engine:
         temperatures: Temperatures | None = None,
         *,
         cache_bytes: int | None = None,
+        kv: Kv = "auto",
         limits: Limits | None = None,
         lanes: Lanes | None = None,
     ) -> None:
@@ -72,12 +74,15 @@ class Engine:
         model          its weights are shared, not copied
         temperatures   of its calibration, where it has one
         cache_bytes    for keys and values; None is 2 GiB on a CPU, and most of what is free on a GPU
+        kv             how keys and values are held: "auto" as they are computed, "8bit" as int8 with a scale for every head, which
+                       holds and moves half of the bytes on a GPU and changes answers a little (docs/notes/kernels.md)
         limits         of one pass; None is what suits a CPU, or a GPU with its memory
         lanes          on which passes are recorded and replayed; None is CUDA graphs on a GPU, and on a CPU nothing is recorded
         """
+        check_kv(kv)
         self.model = model
         self.temperatures = temperatures
-        self.cache_bytes, self.limits = cache_bytes, limits
+        self.cache_bytes, self.kv, self.limits = cache_bytes, kv, limits
         self._lanes = lanes_for(self.device) if lanes is None else lanes
         encode = model.encode if self._lanes is None else ViewEncoder(model.encoder, self._lanes.encode).encode
         self._encoding = EncodeQueue(encode)
@@ -92,6 +97,7 @@ class Engine:
         *,
         device: torch.device | str = "auto",
         dtype: torch.dtype | str = "auto",
+        kv: Kv = "auto",
     ) -> Engine:
         """An engine from a checkpoint that is shipped ("nano"), or from a folder in the hub layout.
 
@@ -100,17 +106,19 @@ class Engine:
                  "int8", on a CPU, holds the decoder's matrices as int8, with a scale for every row, and all else in the type
                  that is fast here: half the memory of bf16.  Tokens are faster only where memory is slow beside the cores.
                  Such a model cannot be saved
+        kv       how keys and values are held, as Engine says
 
         Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model,
-        InputError for int8 on a GPU.
+        InputError for int8 on a GPU, or a kv that there is not.
         """
+        check_kv(kv)
         folder, place = find_checkpoint(name), choose_device(device)
         precision = choose_precision(dtype, place)
         model = load_model(folder, place, precision.dtype)
         temperatures = read_temperatures(folder, model)  # compares the weights that are stored
         if precision.is_int8:
             quantize(model.decoder)
-        return cls(model, temperatures)
+        return cls(model, temperatures, kv=kv)
 
     @property
     def device(self) -> torch.device:
@@ -350,8 +358,8 @@ class Engine:
             free = torch.cuda.mem_get_info(self.device)[0]
             limits = self.limits or gpu_limits(free, self.model.config, decoder.dtype.itemsize)
             if cache_bytes is None:
-                cache_bytes = gpu_cache_bytes(free, self.model.config, limits, decoder.dtype)
-        cache = make_cache(decoder, cache_bytes)
+                cache_bytes = gpu_cache_bytes(free, self.model.config, limits, decoder.dtype, self.kv)
+        cache = make_cache(decoder, cache_bytes, self.kv)
         scheduler = Scheduler(cache, decoder.config.vocab_size, decoder.config.max_positions, limits)
         temperature = (self.temperatures or Temperatures()).decoder
         if lanes is None:

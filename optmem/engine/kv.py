@@ -10,7 +10,7 @@ import torch
 from optmem.engine.scheduler import Limits
 from optmem.errors import InputError
 from optmem.model.assembly import PIXELS_AT_ONCE
-from optmem.model.cache import Cache
+from optmem.model.cache import Cache, Kv
 from optmem.model.config import DecoderConfig, ModelConfig
 from optmem.model.decoder import Decoder
 from optmem.ops import PAGE_UNIT
@@ -25,9 +25,10 @@ GPU_LIMITS = tuple(Limits(texts, max(4 * texts, 512)) for texts in (1024, 512, 2
 FOR_PASSES = 0.25  # of what is free, at most
 
 
-def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+def token_bytes(config: DecoderConfig, dtype: torch.dtype, kv: Kv = "auto") -> int:
     """Of a token's keys and values, in all layers."""
-    return 2 * config.layers * config.heads * config.head_dim * dtype.itemsize
+    head = config.head_dim + 4 if kv == "8bit" else config.head_dim * dtype.itemsize  # steps and their scale
+    return 2 * config.layers * config.heads * head
 
 
 def pass_bytes(config: ModelConfig, limits: Limits, itemsize: int) -> int:
@@ -68,12 +69,12 @@ def gpu_limits(free: int, config: ModelConfig, itemsize: int) -> Limits:
     return next(fitting, GPU_LIMITS[-1])
 
 
-def gpu_cache_bytes(free: int, config: ModelConfig, limits: Limits, dtype: torch.dtype) -> int:
+def gpu_cache_bytes(free: int, config: ModelConfig, limits: Limits, dtype: torch.dtype, kv: Kv = "auto") -> int:
     """Of keys and values, where so many bytes are free behind the weights; no more than all texts of a pass can fill.
 
     Raises InputError where the passes leave nothing.
     """
-    taken, token = pass_bytes(config, limits, dtype.itemsize), token_bytes(config.decoder, dtype)
+    taken, token = pass_bytes(config, limits, dtype.itemsize), token_bytes(config.decoder, dtype, kv)
     left = int(ON_GPU * (free - taken))
     if left < PAGE_UNIT * token:
         asked = f"{limits.texts} texts and {limits.tokens} tokens"
@@ -81,18 +82,19 @@ def gpu_cache_bytes(free: int, config: ModelConfig, limits: Limits, dtype: torch
     return min(left, limits.texts * config.decoder.max_positions * token)
 
 
-def make_cache(decoder: Decoder, num_bytes: int | None = None) -> Cache:
+def make_cache(decoder: Decoder, num_bytes: int | None = None, kv: Kv = "auto") -> Cache:
     """The cache of an engine.
 
     num_bytes   None is 2 GiB, of which only what is used is taken: for a CPU
+    kv          how keys and values are held
 
     Raises InputError for less than one page of tokens.
     """
     config, device, dtype = decoder.config, decoder.lm_head.weight.device, decoder.dtype
-    token = token_bytes(config, dtype)
+    token = token_bytes(config, dtype, kv)
     if num_bytes is None:
         num_bytes = min(ON_CPU, MOST_ON_CPU * token)
     num_pages = num_bytes // (token * PAGE_UNIT)
     if num_pages < 1:
         raise InputError(f"cache_bytes must be at least {token * PAGE_UNIT:,}, a page of {PAGE_UNIT} tokens, got {num_bytes:,}")
-    return Cache(config, num_pages, dtype=dtype, device=device)
+    return Cache(config, num_pages, dtype=dtype, device=device, kv=kv)

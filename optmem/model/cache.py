@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -29,9 +30,11 @@ from torch import Tensor
 from optmem.errors import InputError
 from optmem.machine import empty_weight, to_device
 from optmem.model.config import DecoderConfig
-from optmem.ops import PAGE_UNIT
+from optmem.ops import PAGE_UNIT, CacheScales
 
 GONE = -1  # stands for a page that was given back
+
+Kv = Literal["auto", "8bit"]  # how keys and values are held: as they are computed, or as int8 with scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +192,14 @@ class _LastBatch:
         return self._table.copy()
 
 
+def check_kv(kv: str) -> None:
+    """Raises InputError for a way to hold keys and values that there is not."""
+    if kv not in get_args(Kv):
+        raise InputError(f"kv must be {' or '.join(map(repr, get_args(Kv)))}, got {kv!r}")
+
+
 class Cache:
-    """The pages of all layers.  Layer n's keys are keys[n], [pages, page_size, heads, head_dim]."""
+    """The pages of all layers.  Layer n's keys are keys[n], [pages, page_size, heads, head_dim]; their scales are scales_of(n)."""
 
     def __init__(
         self,
@@ -199,13 +208,21 @@ class Cache:
         page_size: int = PAGE_UNIT,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        kv: Kv = "auto",
     ) -> None:
+        """
+        kv   "auto" holds keys and values in dtype, "8bit" as int8 with an fp32 scale for every head of every token
+        """
+        check_kv(kv)
         if num_pages < 1 or page_size < 1 or page_size % PAGE_UNIT:
             raise InputError(f"a cache has pages of a multiple of {PAGE_UNIT} tokens, got {num_pages} pages of {page_size}")
         shape = (config.layers, num_pages, page_size, config.heads, config.head_dim)
         self.page_size = page_size
         self.window = config.window
-        self.keys, self.values = (empty_weight(shape, dtype, device) for _ in range(2))
+        self.keys, self.values = (empty_weight(shape, torch.int8 if kv == "8bit" else dtype, device) for _ in range(2))
+        is_scaled = kv == "8bit"
+        self.scales = CacheScales(*(empty_weight(shape[:-1], torch.float32, device) for _ in range(2))) if is_scaled else None
         self.users = [0] * num_pages  # sequences that hold a page
         self.free = list(range(num_pages))[::-1]
         self._last = _LastBatch()
@@ -252,6 +269,10 @@ class Cache:
             if self.users[page] == 0:
                 self.free.append(page)
 
+    def scales_of(self, layer: int) -> CacheScales | None:
+        """What a step of a layer's keys and values is worth; None where they are held as they are computed."""
+        return None if self.scales is None else CacheScales(self.scales.keys[layer], self.scales.values[layer])
+
     @property
     def num_pages(self) -> int:
         """How many there are."""
@@ -269,7 +290,7 @@ class Cache:
 
     def copy(self, page: int, to: int) -> None:
         """Copies a page of all layers."""
-        for cache in (self.keys, self.values):
+        for cache in (self.keys, self.values, *(self.scales or ())):
             cache[:, to] = cache[:, page]
 
     def batch(self, sequences: Several[Sequence], counts: Several[int]) -> Batch:

@@ -55,10 +55,10 @@ class Attention(nn.Module):
         """[T, hidden] -> [T, hidden]; writes this layer's keys and values to the cache."""
         heads, dim = self.config.heads, self.config.head_dim
         q, k, v = (project(x).view(-1, heads, dim) for project in (self.q_proj, self.k_proj, self.v_proj))
-        keys, values = cache.keys[self.layer], cache.values[self.layer]
-        ops.rope_cache(q, k, v, *rope, batch.slots, keys, values)
+        keys, values, scales = cache.keys[self.layer], cache.values[self.layer], cache.scales_of(self.layer)
+        ops.rope_cache(q, k, v, *rope, batch.slots, keys, values, scales)
         places = (batch.table, batch.starts, batch.lengths, batch.prompts)
-        mixed = ops.paged_attention(q, keys, values, *places, self.config.window, dim**-0.5)
+        mixed = ops.paged_attention(q, keys, values, *places, self.config.window, dim**-0.5, scales)
         out: Tensor = self.o_proj(mixed.flatten(1))
         return out
 

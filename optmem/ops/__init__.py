@@ -6,6 +6,7 @@ graphs all understand.  What the operator means is written in reference.py; the 
 
 from optmem.ops.decoding import (
     PAGE_UNIT,
+    CacheScales,
     add_rms_norm,
     linear_rows,
     paged_attention,
@@ -25,6 +26,7 @@ __all__ = [
     "MAX_SIDE",
     "PAGE_UNIT",
     "Activation",
+    "CacheScales",
     "ExpertScales",
     "Implementation",
     "Routing",

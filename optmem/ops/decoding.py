@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -201,8 +203,22 @@ described.append(triton_or_reference("silu_mul"))
 
 library.define(
     "rope_cache(Tensor(a!) queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, Tensor slots, "
-    "Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()"
+    "Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor(d!)? key_scales=None, Tensor(e!)? value_scales=None) -> ()"
 )
+
+
+class CacheScales(NamedTuple):
+    """Of keys and values that are held as int8: what a step of every head of every cell is worth."""
+
+    keys: Tensor  # fp32 [pages, page_size, H]
+    values: Tensor
+
+
+def _check_scales(operator: str, cache: Tensor, scales: CacheScales) -> None:
+    wanted = list(cache.shape[:3])
+    check_like(operator, cache, {"key_scales": (scales.keys, wanted), "value_scales": (scales.values, wanted)}, torch.float32)
+    for name, tensor in (("key_scales", scales.keys), ("value_scales", scales.values)):
+        check(tensor.is_contiguous(), f"{operator}: {name} must be contiguous")
 
 
 def rope_cache(
@@ -214,13 +230,15 @@ def rope_cache(
     slots: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    scales: CacheScales | None = None,
 ) -> None:
     """Rotate queries and keys by their positions; the queries stay where they are, keys and values go into the cache.
 
     queries, keys, values    [T, H, D]     queries are rotated in place and must be contiguous
     cos, sin                 [T, D / 2]    of every position, rounded to the same type: channel i turns with channel i + D / 2
     slots                    int64 [T]     cell page * page_size + offset of every token; a negative one writes nothing
-    key_cache, value_cache   [pages, page_size, H, D], contiguous
+    key_cache, value_cache   [pages, page_size, H, D], contiguous; of the same type, or int8 with scales
+    scales                   are written with them: a head's largest number becomes 127 steps, the others the nearest whole ones
 
     Raises InputError where a slot lies behind the cache.  On CUDA the host does not wait to see that: the token is written nowhere
     and its query becomes NaN.
@@ -232,14 +250,17 @@ def rope_cache(
     cache_shape = [*key_cache.shape[:2], heads, dim]
     wanted = {name: (tensor, [tokens, heads, dim]) for name, tensor in (("keys", keys), ("values", values))}
     wanted |= {name: (tensor, [tokens, dim // 2]) for name, tensor in (("cos", cos), ("sin", sin))}
-    wanted |= {"key_cache": (key_cache, cache_shape), "value_cache": (value_cache, cache_shape)}
     check_like("rope_cache", queries, wanted)
+    caches = {"key_cache": (key_cache, cache_shape), "value_cache": (value_cache, cache_shape)}
+    check_like("rope_cache", queries, caches, None if scales is None else torch.int8)
     check_index("rope_cache", "slots", slots, torch.int64, [tokens])
     check_place("rope_cache", queries, slots=slots)
     for name, tensor in (("queries", queries), ("key_cache", key_cache), ("value_cache", value_cache)):
         check(tensor.is_contiguous(), f"rope_cache: {name} is written in place and must be contiguous")
+    if scales is not None:
+        _check_scales("rope_cache", key_cache, scales)
     with as_input_error():
-        torch.ops.optmem.rope_cache(queries, keys, values, cos, sin, slots, key_cache, value_cache)
+        torch.ops.optmem.rope_cache(queries, keys, values, cos, sin, slots, key_cache, value_cache, *(scales or ()))
 
 
 @torch.library.impl(library, "rope_cache", "CPU")
@@ -252,11 +273,13 @@ def _rope_cache_cpu(
     slots: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
-    cpu = cpp_for(queries)
+    cpu = cpp_for(queries) if key_scales is None else None
     arguments = (queries, keys, values, cos, sin, slots, key_cache, value_cache)
     if cpu is None:
-        return _rope_cache_checked(*arguments)
+        return _rope_cache_checked(*arguments, key_scales, value_scales)
     cpu.rope_cache(*map(as_array, arguments), torch.get_num_threads())
     return None
 
@@ -271,12 +294,14 @@ def _rope_cache_cuda(
     slots: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     kernel = triton_for("rope_cache", queries)
     if kernel is None:
-        return _rope_cache_checked(queries, keys, values, cos, sin, slots, key_cache, value_cache)
+        return _rope_cache_checked(queries, keys, values, cos, sin, slots, key_cache, value_cache, key_scales, value_scales)
     read = (tensor.contiguous() for tensor in (keys, values, cos, sin, slots))
-    kernel.rope_cache(queries, *read, key_cache, value_cache)
+    kernel.rope_cache(queries, *read, key_cache, value_cache, key_scales, value_scales)
     return None
 
 
@@ -289,13 +314,15 @@ def _rope_cache_checked(
     slots: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """The reference, behind the checks that the native code makes: nothing is written where a slot lies outside."""
     cells = key_cache.shape[0] * key_cache.shape[1]
     outside = (slots >= cells).nonzero().flatten().tolist()
     if outside:
         raise InputError(f"rope_cache: token {outside[0]} goes to cell {int(slots[outside[0]])} of {cells}")
-    reference.rope_cache(queries, keys, values, cos, sin, slots, key_cache, value_cache)
+    reference.rope_cache(queries, keys, values, cos, sin, slots, key_cache, value_cache, key_scales, value_scales)
 
 
 @torch.library.register_fake("optmem::rope_cache")
@@ -308,6 +335,8 @@ def _rope_cache_fake(
     slots: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     return None
 
@@ -320,7 +349,7 @@ described.append(triton_or_reference("rope_cache"))
 
 library.define(
     "paged_attention(Tensor queries, Tensor keys, Tensor values, Tensor table, Tensor starts, Tensor lengths, Tensor prompts, "
-    "int window, float scale) -> Tensor"
+    "int window, float scale, Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor"
 )
 
 PAGE_UNIT = 16  # a page holds a multiple of this many tokens
@@ -336,11 +365,13 @@ def paged_attention(
     prompts: Tensor,
     window: int | None,
     scale: float,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """Causal attention of every sequence's last tokens over its pages: prefill, a chunk of it, one token, or drafts to verify.
 
     queries       [T, H, D]                    rotated; sequence b asks with starts[b] .. starts[b + 1]
-    keys, values  [pages, page_size, H, D]     the queries' own are already in them; page_size is a multiple of 16
+    keys, values  [pages, page_size, H, D]     the queries' own are already in them; page_size is a multiple of 16;
+                                               of the queries' type, or int8 with scales
     table         int32 [B, max_pages]         page of every page_size tokens; entries that are not attended to may be anything
     starts        int64 [B + 1]
     lengths       int64 [B]                    tokens of the sequence in the cache, those asking counted
@@ -361,7 +392,10 @@ def paged_attention(
         f"paged_attention: a page must hold a multiple of {PAGE_UNIT} tokens, got {page_size}",
     )
     shape = [*keys.shape[:2], *queries.shape[1:]]
-    check_like("paged_attention", queries, {"keys": (keys, shape), "values": (values, shape)})
+    caches = {"keys": (keys, shape), "values": (values, shape)}
+    check_like("paged_attention", queries, caches, None if scales is None else torch.int8)
+    if scales is not None:
+        _check_scales("paged_attention", keys, scales)
     check(table.dim() == 2, f"paged_attention: table must be [B, max_pages], got {list(table.shape)}")
     sequences = table.shape[0]
     check_index("paged_attention", "table", table, torch.int32, list(table.shape))
@@ -369,9 +403,11 @@ def paged_attention(
     for name, tensor in (("lengths", lengths), ("prompts", prompts)):
         check_index("paged_attention", name, tensor, torch.int64, [sequences])
     check_place("paged_attention", queries, table=table, starts=starts, lengths=lengths, prompts=prompts)
-    check(window is None or window > 0, f"paged_attention: window must be positive or None, got {window}")
+    if window is not None and window <= 0:  # a message is made of a number only where it is said: a graph's may have no value yet
+        raise InputError(f"paged_attention: window must be positive or None, got {window}")
+    inputs = (queries, keys, values, table, starts, lengths, prompts, window or 0, scale)
     with as_input_error():
-        out: Tensor = torch.ops.optmem.paged_attention(queries, keys, values, table, starts, lengths, prompts, window or 0, scale)
+        out: Tensor = torch.ops.optmem.paged_attention(*inputs, *(scales or ()))
     return out
 
 
@@ -386,11 +422,13 @@ def _paged_attention_cpu(
     prompts: Tensor,
     window: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
-    cpu = cpp_for(queries)
+    cpu = cpp_for(queries) if key_scales is None else None
     inputs = (queries, keys, values, table, starts, lengths, prompts)
     if cpu is None:
-        return _paged_attention_checked(*inputs, window, scale)
+        return _paged_attention_checked(*inputs, window, scale, key_scales, value_scales)
     out = queries.new_empty(queries.shape)
     cpu.paged_attention(*map(as_array, inputs), window, scale, as_array(out), torch.get_num_threads())
     return out
@@ -407,13 +445,15 @@ def _paged_attention_cuda(
     prompts: Tensor,
     window: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     kernel = triton_for("paged_attention", queries)
     inputs = (queries, keys, values, table, starts, lengths, prompts)
     if kernel is None:
-        return _paged_attention_checked(*inputs, window, scale)
+        return _paged_attention_checked(*inputs, window, scale, key_scales, value_scales)
     out = queries.new_empty(queries.shape)
-    kernel.paged_attention(*(tensor.contiguous() for tensor in inputs), window, scale, out)
+    kernel.paged_attention(*(tensor.contiguous() for tensor in inputs), window, scale, out, key_scales, value_scales)
     return out
 
 
@@ -427,6 +467,8 @@ def _paged_attention_checked(
     prompts: Tensor,
     window: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """The reference, behind the checks that the native code makes."""
     pages, page_size = keys.shape[:2]
@@ -446,7 +488,8 @@ def _paged_attention_checked(
         outside = seen[(seen < 0) | (seen >= pages)].tolist()
         if outside:
             raise InputError(f"paged_attention: sequence {b} names page {outside[0]} of {pages}")
-    return reference.paged_attention(queries, keys, values, table, starts, lengths, prompts, window, scale)
+    inputs = (queries, keys, values, table, starts, lengths, prompts, window, scale)
+    return reference.paged_attention(*inputs, key_scales, value_scales)
 
 
 @torch.library.register_fake("optmem::paged_attention")
@@ -460,6 +503,8 @@ def _paged_attention_fake(
     prompts: Tensor,
     window: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     return queries.new_empty(queries.shape)
 

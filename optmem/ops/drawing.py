@@ -43,7 +43,8 @@ def draw_text(ink: Tensor, glyphs: Tensor, placements: Tensor, starts: Tensor, h
     check(glyphs.dim() == 2 and glyphs.shape[1] == 3, f"draw_text: glyphs must be [G, 3], got {list(glyphs.shape)}")
     check(placements.dim() == 2 and placements.shape[1] == 3, f"draw_text: placements must be [M, 3], got {list(placements.shape)}")
     check(starts.dim() == 1 and starts.numel() > 0, f"draw_text: starts must be [P + 1], got {list(starts.shape)}")
-    check(height > 0 and width > 0, f"draw_text: a page must have at least one pixel, got {height}x{width}")
+    if height <= 0 or width <= 0:  # no message of numbers that a graph may not know
+        raise InputError(f"draw_text: a page must have at least one pixel, got {height}x{width}")
     try:
         pages: Tensor = torch.ops.optmem.draw_text(ink, glyphs, placements, starts, height, width)
     except ValueError as error:
@@ -91,11 +92,10 @@ def resample(images: Tensor, height: int, width: int) -> Tensor:
         f"resample: images must be [N, H, W, C] with C 1 or 3, got {list(images.shape)}",
     )
     for name, rows, columns in (("images", images.shape[1], images.shape[2]), ("the result", height, width)):
-        check(
-            1 <= rows <= MAX_SIDE and 1 <= columns <= MAX_SIDE,
-            f"resample: a side of {name} must be 1 to {MAX_SIDE} pixels, got {rows}x{columns}",
-        )
-    check(height * width * images.shape[3] < 2**31, f"resample: {height}x{width} pixels are too many for one image")
+        if not (1 <= rows <= MAX_SIDE and 1 <= columns <= MAX_SIDE):
+            raise InputError(f"resample: a side of {name} must be 1 to {MAX_SIDE} pixels, got {rows}x{columns}")
+    if height * width * images.shape[3] >= 2**31:
+        raise InputError(f"resample: {height}x{width} pixels are too many for one image")
     resized: Tensor = torch.ops.optmem.resample(images, height, width)
     return resized
 

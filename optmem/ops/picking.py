@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optmem import reference
+from optmem.errors import InputError
 from optmem.ops.registry import (
     as_array,
     check,
@@ -71,9 +72,10 @@ def pick_token(
     """
     check(logits.dim() == 2 and logits.shape[1] > 0, f"pick_token: logits must be [N, V], V at least 1, got {list(logits.shape)}")
     check(logits.dtype == torch.float32, f"pick_token: logits must be torch.float32, got {logits.dtype}")
-    check(most_guard >= 0, f"pick_token: most_guard must not be negative, got {most_guard}")
-    is_warm = _COLDEST <= confidence_temperature <= _HOTTEST
-    check(is_warm, f"pick_token: confidence_temperature must be finite and above 0 in fp32, got {confidence_temperature}")
+    if most_guard < 0:  # messages of numbers that a graph may not know are made only where they are said
+        raise InputError(f"pick_token: most_guard must not be negative, got {most_guard}")
+    if not _COLDEST <= confidence_temperature <= _HOTTEST:
+        raise InputError(f"pick_token: confidence_temperature must be finite and above 0 in fp32, got {confidence_temperature}")
     rows = logits.shape[0]
     for name, table, letter in (("history", history, "L"), ("allowed", allowed, "A")):
         fits = table.dim() == 2 and table.shape[0] == rows

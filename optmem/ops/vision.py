@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optmem import blockwise, reference
+from optmem.errors import InputError
 from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD, WIDEST_HEAD, WIDEST_WINDOW
 from optmem.native import native
 from optmem.ops.registry import (
@@ -124,7 +125,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
     num_keys, kv_heads = key.shape[1:3]
     check(kv_heads > 0 and heads % kv_heads == 0, f"attention: {kv_heads} heads of keys cannot serve {heads} heads of queries")
     check(num_keys >= num_queries, f"attention: {num_queries} queries cannot be the last of {num_keys} keys")
-    check(0 <= prefix <= num_keys, f"attention: prefix must be 0 to {num_keys}, got {prefix}")
+    if not 0 <= prefix <= num_keys:  # no message of a number that a graph may not know
+        raise InputError(f"attention: prefix must be 0 to {num_keys}, got {prefix}")
     check_same_kind("attention", query=query, key=key, value=value)
     # Slices of one projection stay as they are; only the numbers of a head must lie side by side.
     inputs = [tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value)]
