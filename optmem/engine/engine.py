@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Self, Unpack
 
 import torch
@@ -67,6 +68,7 @@ class Engine:
         cache_bytes: int | None = None,
         limits: Limits | None = None,
         lanes: Lanes | None = None,
+        folder: Path | None = None,
     ) -> None:
         """
         model          its weights are shared, not copied
@@ -74,8 +76,9 @@ class Engine:
         cache_bytes    for keys and values; None is 2 GiB on a CPU, and most of what is free on a GPU
         limits         of one pass; None is what suits a CPU, or a GPU with its memory
         lanes          on which passes are recorded and replayed; None is CUDA graphs on a GPU, and on a CPU nothing is recorded
+        folder         of its checkpoint, where what was measured of it is looked for
         """
-        self.model = model
+        self.model, self.folder = model, folder
         self.temperatures = temperatures
         self.cache_bytes, self.limits = cache_bytes, limits
         self._lanes = lanes_for(self.device) if lanes is None else lanes
@@ -110,7 +113,7 @@ class Engine:
         temperatures = read_temperatures(folder, model)  # compares the weights that are stored
         if precision.is_int8:
             quantize(model.decoder)
-        return cls(model, temperatures)
+        return cls(model, temperatures, folder=folder)
 
     @property
     def device(self) -> torch.device:

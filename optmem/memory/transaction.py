@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from optmem.errors import InputError
 from optmem.memory.blobs import BlobFolder, blob_name
-from optmem.memory.records import NewMessage, NewPage, Reading, check_integer, check_number, check_word
+from optmem.memory.records import NewLine, NewMessage, NewPage, Reading, check_integer, check_number, check_word
 from optmem.memory.schema import as_text, telling
 from optmem.memory.view import View
 from optmem.memory.words import spaced
@@ -144,6 +144,12 @@ class Transaction(View):
         if details is not None:
             self._check_json(details)
             self._do("UPDATE pages SET details = ? WHERE number = ?", (details, number))
+
+    def put_lines(self, number: int, lines: Sequence[NewLine]) -> None:
+        """Gives the index the lines of a page, instead of those that it has: such as what was read of a picture."""
+        self.page(number)
+        self._do("DELETE FROM lines WHERE page = ?", (number,))
+        self._add_lines([(number, line.row, line.first, line.last, *_indexed(line.text)) for line in lines])
 
     def drop_page(self, number: int) -> None:
         """Takes a page away, with its files, lines and readings; its messages stay, and must be shown by another page or have text.
