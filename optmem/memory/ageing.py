@@ -243,7 +243,13 @@ def _smallest(tiers: Sequence[Tier], page: StoredPage) -> Tier | None:
 
 def pixels_of(view: View, page: StoredPage) -> Pixels:
     """The sharpest that there is.  Raises PageCorrupted."""
-    return from_png(view.blob(page.number, PIXELS))
+    return from_png(_sharp(view, page))
+
+
+def _sharp(view: View, page: StoredPage) -> bytes:
+    if all(blob.kind != PIXELS for blob in view.blobs(page.number)):  # a copy was made while its file was damaged
+        raise PageCorrupted(f"page {handle(page.number)} has no picture any more: forget it", page.number)
+    return view.blob(page.number, PIXELS)
 
 
 def picture(view: View, page: StoredPage, tier: Tier, optics: Optics) -> bytes:
@@ -251,7 +257,7 @@ def picture(view: View, page: StoredPage, tier: Tier, optics: Optics) -> bytes:
     for blob in view.blobs(page.number):
         if blob.kind == SHOWN and blob.tier == tier.name:
             return view.blob(page.number, SHOWN)
-    content = view.blob(page.number, PIXELS)
+    content = _sharp(view, page)
     pixels = from_png(content)
     return content if pixels.shape[0] <= tier.side else as_png(optics.at(pixels, tier))
 
@@ -259,7 +265,7 @@ def picture(view: View, page: StoredPage, tier: Tier, optics: Optics) -> bytes:
 # --- contact sheets -----------------------------------------------------------------------------------------------------------
 
 
-def draw_sheets(change: Transaction, optics: Optics, numbers: Iterable[int] = ()) -> list[str]:
+def draw_sheets(change: Transaction, optics: Optics, numbers: Iterable[int] = (), *, anew: Iterable[int] = ()) -> list[str]:
     """Draws the contact sheets that are shown and are not as they should be, and those of these numbers.
 
     A sheet shows all pages of its numbers that there are, at whatever tier they are shown: it changes as seldom as can be.
@@ -276,7 +282,7 @@ def draw_sheets(change: Transaction, optics: Optics, numbers: Iterable[int] = ()
             shown.add(number)
     notes: list[str] = []
     for number in sorted(shown & pages.keys()):
-        if not _is_drawn(change, pages[number]):
+        if number in anew or not _is_drawn(change, pages[number]):
             notes += _draw_sheet(change, pages[number], optics)
     return notes
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from optmem.errors import InputError
 from optmem.memory.records import StoredPage
 
 NEW = "new"  # the tier of a page that was never shown, and has no text to be shown as
@@ -36,7 +37,14 @@ class Details:
     @classmethod
     def of(cls, page: StoredPage) -> Details:
         """A page's."""
-        found = json.loads(page.details)
+        return cls.from_json(page.details)
+
+    @classmethod
+    def from_json(cls, text: str) -> Details:
+        """Raises InputError for what is none."""
+        found = json.loads(text)
+        if not isinstance(found, dict) or found.keys() != cls.__dataclass_fields__.keys():
+            raise InputError("the details of a page are not such as this optmem keeps")
         return cls(**found | {"rows": tuple(map(tuple, found["rows"])), "recalls": tuple(found["recalls"])})
 
     def line_at(self, row: int) -> range:

@@ -39,3 +39,6 @@ class Grep:
             page = kept[at]
             found.append((Place(page.number, row, page.first, page.last, 0.0), frozenset(held)))
         return rank(found, limit)
+
+    def clear(self) -> None:
+        """Nothing is kept of what was looked into."""

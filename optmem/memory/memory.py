@@ -1,4 +1,4 @@
-"""A long history inside a budget of tokens: recent messages as text, older ones as pages, every line read back when it is asked for.
+"""A long history inside a budget of tokens: recent messages as text, older ones as pages, every line read back when asked for.
 
 with optmem.Memory.open("agent.optmem", budget=2048) as memory:
     memory.add([{"role": "user", "content": "The staging key is 9f3a77b1."}])
@@ -16,17 +16,19 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
 from optmem.errors import InputError, StoreError
 from optmem.items import in_parts
 from optmem.memory.adding import new_messages
 from optmem.memory.ageing import Plan, Planner, apply, check_budget
 from optmem.memory.aio import AsyncTwins
+from optmem.memory.archive import Exported, export, restore
 from optmem.memory.check import Verified
 from optmem.memory.context import Context, show
 from optmem.memory.details import RECALLS, Details, handle
 from optmem.memory.drawing import AT_ONCE, Group, cut, draw_runs, keep_runs, read_groups, rows_of
+from optmem.memory.forgetting import Forgetting, Forgotten, names
 from optmem.memory.grep import Grep
 from optmem.memory.messages import Message, read_messages
 from optmem.memory.optics import Optics, from_png
@@ -113,8 +115,7 @@ class Memory(AsyncTwins):
         Raises InputError for what is no message, a result without a call, and an id called twice; then nothing is kept.
         """
         given = [messages] if isinstance(messages, Mapping | Message) else messages
-        read = [each if isinstance(each, Message) else each for each in given] if isinstance(given, list | tuple) else given
-        found = [each for each in read if isinstance(each, Message)] if _all_messages(read) else read_messages(read)
+        found = list(given) if _all_messages(given) else read_messages(given)
         with self._turn, self._writing() as change:
             before = State.of(change)
             moment = clock.time() if time is None else time
@@ -352,7 +353,57 @@ class Memory(AsyncTwins):
                 change.change_page(number, weight=weight)
             return seqs
 
+    def forget(self, selector: Selector, *, prove: bool = True) -> Forgotten:
+        """Forgets messages for good, and with them their groups: text, pixels, tokens, lines of the index and what was read.
+
+        What else stood on their pages is drawn anew without them, contact sheets too.
+
+        selector   a page means all messages on it
+        prove      search every byte of the memory afterwards, and verify it
+
+        Raises InputError where there are none of these, StoreBusyError where a reader keeps looking at an older state,
+        PageCorrupted where a page that others share is damaged: forget those too.
+        """
+        with self._turn:
+            with self._writing() as change:
+                work = Forgetting(change, select(change, selector), self.optics, self.settings)
+                needles = work.needles() if prove else []
+                redrawn, notes = work.carry_out()
+                note = f"{len(work.seqs)} messages and {len(work.pages)} pages were forgotten"
+                receipt = Receipt(self.settings.budget, 0, 0, (), (note, *notes))
+                change.add_receipt(json.dumps(receipt.to_json()), clock.time())
+            self._shown.clear()
+            for number in work.pages:
+                self._planner.forget(number)
+            self._grep.clear()
+            verified = None
+            if prove:
+                with self._snapshot() as view:
+                    needles = [each for each in needles if isinstance(each, bytes) or not view.holds(each)]
+                verified = self.verify(needles)
+            return Forgotten(tuple(work.seqs), names(work.pages), names(redrawn), len(needles), verified)
+
     # The rest
+
+    def export(self, path: str | os.PathLike[str]) -> Exported:
+        """Writes all of the memory to one file, a tar of JSON lines and the pages' files with their checksums.
+
+        Raises OutputError where it cannot be written, or is there already.
+        """
+        with self._turn, self._snapshot() as view:
+            return export(view, path)
+
+    @classmethod
+    def import_(cls, archive: str | os.PathLike[str], path: str | os.PathLike[str], **asked: Any) -> Memory:
+        """A new memory from a file that `export` wrote, opened as `open` does.
+
+        Nothing in the file is trusted: names, sizes, types, checksums and what must hold between them are checked, and where
+        anything is wrong there is no new memory.
+
+        Raises SourceNotFoundError, InputError for what is no such file, OutputError where the new folder is there already.
+        """
+        restore(archive, path)
+        return cls.open(path, **asked)
 
     def stats(self) -> Stats:
         """How much there is, and at which tiers."""
@@ -410,7 +461,7 @@ def _settings(opened: Store | Reader, given: Mapping[str, Any]) -> Settings:
     return found
 
 
-def _all_messages(given: object) -> bool:
+def _all_messages(given: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, Message) for each in given)
 
 

@@ -1,4 +1,4 @@
-"""Recall: find lines, by words or by a glance over tokens; read those alone; say what they say, how sure that is, and from where."""
+"""Recall: find lines, by words or by a glance over tokens; read those alone; say what they say, how surely, and from where."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from optmem.errors import InputError
@@ -23,7 +23,7 @@ class Settings:
     archive: bool = False  # keep the messages as they came, beside their pages
     index: Index = "text"  # "optical" keeps no text of what is on pages: they are found by a glance over their tokens
     keep_sharp: bool = True  # keep the sharpest pixels of a page on the disk, however small it is shown; False lets them age too
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 0:
@@ -75,8 +75,13 @@ class State:
     def of(cls, view: View) -> State:
         """What the store has."""
         text = view.setting(STATE)
-        if text is None:
-            return cls()
+        return cls() if text is None else cls.from_json(text)
+
+    @classmethod
+    def from_json(cls, text: str) -> State:
+        """Raises InputError for what is none."""
         found = json.loads(text)
+        if not isinstance(found, dict) or found.keys() != cls.__dataclass_fields__.keys():
+            raise InputError("the state of a memory is not such as this optmem keeps")
         pairs = {name: tuple((one, other) for one, other in found[name]) for name in ("kept", "pins")}
         return cls(**found | pairs | {"waiting": tuple(found["waiting"])})
