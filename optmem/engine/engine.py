@@ -41,6 +41,7 @@ from optmem.engine.rows import PageRequest, RowsReader
 from optmem.engine.runner import Runner
 from optmem.engine.sampling import told
 from optmem.engine.scheduler import Limits, Scheduler
+from optmem.engine.sift import Sieve
 from optmem.engine.search import LEAST, Found, Words, found_in
 from optmem.engine.texts import Prompter, PromptRequest
 from optmem.engine.view_encoder import ViewEncoder
@@ -283,6 +284,16 @@ class Engine:
         for number, pages in enumerate(self._groups(tokens)):
             found += found_in(number, reader.fits(pages, wanted, temperature), least)
         return sorted(found, key=lambda each: -each.confidence)[:limit]
+
+    def sieve(self, words: Sequence[str]) -> Sieve:
+        """Words to look for in very many pages, in capitals or not: `Sieve.find` takes features of pages of one size at once.
+
+        Raises InputError for a public model, and for words that are blank or more than a line.
+        """
+        reader = self._rows_reader("search")
+        for word in words:
+            Words(word, reader.tokenizer, ignore_case=True)  # which refuses what cannot be looked for
+        return Sieve(reader.head, reader.tokenizer, words, temperature=(self.temperatures or Temperatures()).glance)
 
     def _rows_reader(self, what: str) -> RowsReader:
         """Nano's reader.  Raises InputError for a public model."""

@@ -14,14 +14,14 @@ import numpy as np
 
 from optmem.errors import InputError
 from optmem.images import Pixels
-from optmem.memory.ageing import PIXELS, SHOWN, draw_sheets, pixels_of
+from optmem.memory.ageing import SHOWN, draw_sheets, pixels_of
 from optmem.memory.check import Verified
 from optmem.memory.details import Details, handle
-from optmem.memory.drawing import Group, draw_runs, handle_text, keep_runs
+from optmem.memory.drawing import PIXELS, Group, draw_runs, handle_text, keep_runs
 from optmem.memory.ladder import sheet_of
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics, as_png
-from optmem.memory.records import NewLine, NewPage, StoredMessage, StoredPage
+from optmem.memory.records import NewLine, NewPage, StoredLine, StoredMessage, StoredPage
 from optmem.memory.settings import STATE, Settings, State
 from optmem.memory.transaction import Transaction
 from optmem.memory.view import View
@@ -165,7 +165,7 @@ class _Rest:
 
     rows: tuple[int, ...]
     pixels: Pixels
-    lines: tuple[NewLine | object, ...]
+    lines: tuple[StoredLine, ...]
     spans: tuple[tuple[int, int, int], ...]
 
 

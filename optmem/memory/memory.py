@@ -375,7 +375,6 @@ class Memory(AsyncTwins):
             self._shown.clear()
             for number in work.pages:
                 self._planner.forget(number)
-            self._grep.clear()
             verified = None
             if prove:
                 with self._snapshot() as view:
