@@ -48,7 +48,7 @@ class Sieve:
         """Where the words are likely to stand on pages of one size, [B, n, D]."""
         found: list[Sifted] = []
         cells = self.glance.vote(tokens).argmax(-1)
-        for winner in cells.unique().tolist():
+        for winner in sorted(set(cells.tolist())):
             pages = (cells == winner).nonzero()[:, 0]
             cell = self.glance.known[winner]
             if PIXELS_PER_TOKEN % cell[0] == 0 and PIXELS_PER_TOKEN % cell[1] == 0:

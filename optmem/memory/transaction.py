@@ -196,7 +196,7 @@ class Transaction(View):
         columns = list(TABLES[table])
         texts = {name for name in columns if name in ("content", "text", "spaced", "factsheet")}
         marks = ", ".join("CAST(? AS TEXT)" if name in texts else "?" for name in columns)
-        insert = f"INSERT INTO {table}({', '.join(columns)}) VALUES({marks})"  # noqa: S608
+        insert = f"INSERT INTO {table}({', '.join(columns)}) VALUES({marks})"
         if table == "sqlite_sequence":
             self._do("DELETE FROM sqlite_sequence")
         count, digest = 0, hashlib.sha256()

@@ -98,9 +98,9 @@ class Glance(ReadOut):
 
     @torch.inference_mode()
     def hidden(self, tokens: Tensor, cell: tuple[int, int]) -> Tensor:
-        """What stands before the last projection at every cell of pages of one size, [B, n, D] -> [B, n, cells of a token, width].
+        """What stands before the last projection at every cell of pages, [B, n, D] -> [B, n, cells of a token, width].
 
-        Only the places at the centres of cells are computed: of cells of 16 x 8, a quarter.  The cells must divide a token's square.
+        Only the places at the centres of cells are computed: of cells of 16 x 8, a quarter.  Cells must divide a token's square.
         """
         height, width = cell
         down, across = PIXELS_PER_TOKEN // height, PIXELS_PER_TOKEN // width
@@ -109,9 +109,10 @@ class Glance(ReadOut):
         place = y // PLACE_HEIGHT * (self.side // PLACE_WIDTH) + x // PLACE_WIDTH  # [cells of a token]
         weight = self.places.weight.view(-1, self.code, tokens.shape[-1])[place].flatten(0, 1)
         bias = self.places.bias.view(-1, self.code)[place].flatten()
-        codes = nn.functional.linear(self.norm(tokens), weight, bias).unflatten(-1, (len(place), self.code))
+        codes = nn.functional.linear(self.norm(tokens), weight, bias).view(*tokens.shape[:2], len(place), self.code)
         read = codes * (1 + self.rows(y % PLACE_HEIGHT) + self.columns(x % PLACE_WIDTH))
-        return nn.functional.gelu(self.mix(read))
+        found: Tensor = nn.functional.gelu(self.mix(read))
+        return found
 
     def _cell(self, tokens: Tensor) -> tuple[tuple[int, int], float]:
         """Height and width of a page's cells, and how sure the tokens are of it."""
