@@ -1,8 +1,7 @@
 """Sifting very many pages for words: what a glance says of them, without what it need not say.
 
-A symbol's probability needs the logits of all symbols at its cell.  With the commonest alone in the sum it comes out too high, never
-too low, so what is sure enough with these is looked at again with all, and nothing is missed.  Where words may stand is decided at
-the cells that the page's tokens vote for.
+A symbol's probability needs the logits of all symbols at its cell.  With the commonest alone in the sum it comes out too high,
+never too low, so what is sure enough with these is looked at again with all: of each word the likeliest PLACES of a page.
 """
 
 from __future__ import annotations

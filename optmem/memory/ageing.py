@@ -109,7 +109,7 @@ class Planner:
                 page.text_tokens if has_text else None,
                 facts_tokens=details.facts_tokens,
                 facts_share=details.facts_share,
-                width=min(page.width, page.height),
+                width=details.side or page.width,
             )
             self._known[key] = found
         return found
@@ -199,9 +199,11 @@ def apply(change: Transaction, plan: Plan, optics: Optics, settings: Settings) -
         if name == unit.page.tier and not unit.details.raised:
             continue
         tokens = choices.tokens[unit.tier] or 0
-        change.change_page(unit.number, tier=name, tokens=tokens, details=replace(unit.details, raised=False).to_json())
+        details = replace(unit.details, raised=False)
         if unit.tier > 0:
-            notes += _show(change, unit, optics, settings)
+            side, more = _show(change, unit, optics, settings)
+            details, notes = replace(details, side=side), notes + more
+        change.change_page(unit.number, tier=name, tokens=tokens, details=details.to_json())
         if unit.page.tier == "text" and unit.tier > 0:
             left_text |= dict.fromkeys(seq for seq, _, _ in unit.details.rows)
     if left_text and not settings.archive:
@@ -216,28 +218,30 @@ def _whole(view: View, seqs: Iterable[int]) -> list[int]:
     return [seq for seq, numbers in pages.items() if all(view.page(number).tier != "text" for number in numbers)]
 
 
-def _show(change: Transaction, unit: Unit, optics: Optics, settings: Settings) -> list[str]:
-    """Keeps the picture of a page at its tier."""
+def _show(change: Transaction, unit: Unit, optics: Optics, settings: Settings) -> tuple[int, list[str]]:
+    """Keeps the picture of a page at its tier; the side of the sharpest that is kept, where it aged, and what is wrong."""
     assert unit.page is not None
-    tier, smallest = optics.ladder.tiers[unit.tier], _smallest(optics.ladder.tiers, unit.page)
-    is_page = tier.kind == "page" and tier.side < unit.page.width
+    assert unit.details is not None
+    tier, was = optics.ladder.tiers[unit.tier], unit.details.side or unit.page.width
     try:
-        if is_page:
+        if tier.kind == "page" and tier.side < was:
             change.put_blob(unit.number, SHOWN, picture(change, unit.page, tier, optics), tier=tier.name)
         else:
             change.drop_blob(unit.number, SHOWN)
-        kept = tier if tier.kind == "page" else smallest
-        if not settings.keep_sharp and kept is not None and kept.side < unit.page.width:
+        kept = tier if tier.kind == "page" else _smallest(optics.ladder.tiers, was)
+        if not settings.keep_sharp and kept is not None and kept.side < was:
             change.put_blob(unit.number, PIXELS, picture(change, unit.page, kept, optics), tier=kept.name)
+            change.drop_blob(unit.number, SHOWN)
             change.drop_blob(unit.number, TOKENS)
             change.drop_readings(unit.number)
+            return kept.side, []
     except PageCorrupted as damage:
-        return [str(damage)]
-    return []
+        return unit.details.side, [str(damage)]
+    return unit.details.side, []
 
 
-def _smallest(tiers: Sequence[Tier], page: StoredPage) -> Tier | None:
-    fitting = [tier for tier in tiers if tier.kind == "page" and tier.side <= page.width]
+def _smallest(tiers: Sequence[Tier], side: int) -> Tier | None:
+    fitting = [tier for tier in tiers if tier.kind == "page" and tier.side <= side]
     return fitting[-1] if fitting else None
 
 

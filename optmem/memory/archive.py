@@ -51,7 +51,7 @@ def export(view: View, path: str | os.PathLike[str]) -> Exported:
     if target.exists():
         raise OutputError(f"{target.name!r} is there already: export to a new file")
     try:
-        with open(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b") as file:
+        with os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 lost = _blobs(view, tar)
                 for table in TABLES:
@@ -120,7 +120,7 @@ def restore(archive: str | os.PathLike[str], path: str | os.PathLike[str]) -> No
     if target.exists():
         raise OutputError(f"a memory is imported to a new folder, and {target.name!r} is there already")
     try:
-        file = open(archive, "rb")  # noqa: SIM115
+        file = Path(archive).open("rb")  # noqa: SIM115 - its with is below: what fails in it has other reasons
     except OSError as error:
         raise SourceNotFoundError(f"{Path(archive).name} cannot be opened: {error.strerror}") from None
     with file:

@@ -20,6 +20,7 @@ from optmem.memory.providers import Pages, Payload, Picture, payload
 from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredMessage
 from optmem.memory.view import View
+from optmem.pages.chat import label
 
 if TYPE_CHECKING:
     from optmem.engine import VisionTokens
@@ -207,7 +208,7 @@ class _Maker:
             self.notes.append(str(damage))
             return
         self._keep_text(unit)
-        side = min(tier.side, unit.page.width)
+        side = min(tier.side, unit.details.side or unit.page.width)
         facts = handle_text(unit.number, unit.page.factsheet)
         span = unit.page.first, unit.page.last
         run = unit.details.run if unit.details.kind == "text" else 0
@@ -260,5 +261,6 @@ def _named(part: Any) -> Any:
         return part | {"content": [_named(inner) for inner in part["content"]]}
     found = shown(part)
     if isinstance(found, dict) and found is not part and re.fullmatch(r"[0-9a-f]{12}", str(found.get("uuid"))):
-        return {"type": "text", "text": f"[{found['type']} {found['uuid']}, on a page]"}
+        words = f"{found['type']}, not drawn on this page", found.get("title"), found["uuid"]
+        return {"type": "text", "text": label(*words).runs[0].text.rstrip("\n")}  # as it was counted, and as pages say it
     return part

@@ -28,6 +28,7 @@ class Details:
     pin: str = ""  # tier that it must not fall below
     recalls: tuple[int, ...] = ()  # groups after which it was recalled
     raised: bool = False  # recalled since it was last shown
+    side: int = 0  # pixels of its picture where that aged too; 0 is as large as it was drawn
     was_read: bool = True  # of a picture: whether its lines are in the index
 
     def to_json(self) -> str:
@@ -60,6 +61,11 @@ class Details:
     def messages_at(self, rows: range) -> tuple[int, ...]:
         """The messages that stand on rows; of a picture, the one that it came with."""
         return tuple(seq for seq, first, stop in self.rows if first < rows.stop and rows.start < stop)
+
+
+def side_of(page: StoredPage) -> int:
+    """Pixels of the side of the sharpest picture that there is."""
+    return Details.of(page).side or page.width
 
 
 def handle(number: int) -> str:

@@ -55,7 +55,7 @@ class Forgetting:
         numbers = {number for seq in gone for number in change.pages_showing(seq, seq)}
         hit = [(change.page(number), Details.of(change.page(number))) for number in sorted(numbers)]
         text_runs = {details.run for page, details in hit if details.kind == "text" and page.tier == "text"}
-        self.redrawn_runs = {run: [each for each in _run(change, run)] for run in sorted(text_runs)}
+        self.redrawn_runs = {run: list(_run(change, run)) for run in sorted(text_runs)}
         of_runs = {page.number for some in self.redrawn_runs.values() for page, _ in some}
         self.cut = [(page, details) for page, details in hit if page.number not in of_runs]
         self.pages = sorted(numbers | of_runs)

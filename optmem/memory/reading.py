@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from optmem.errors import CheckpointError, InputError, OptmemError, PageCorrupted
+from optmem.errors import InputError, PageCorrupted
 from optmem.items import in_parts
 from optmem.memory.ageing import TOKENS, pixels_of
-from optmem.memory.details import Details
+from optmem.memory.details import Details, side_of
 from optmem.memory.optics import Optics
 from optmem.memory.records import NewLine, Reading, StoredPage
 from optmem.memory.transaction import Transaction
@@ -133,23 +133,17 @@ class PageReader:
 
     def _known(self, page: StoredPage, rows: range) -> dict[int, Reading] | None:
         with self._snapshot() as view:
-            readings = view.readings(page.number, _tier(page.width))
+            readings = view.readings(page.number, _tier(side_of(page)))
         if self._by_rows and rows:
             return readings if all(row in readings for row in rows) else None
         return readings if -1 in _whole(readings) else None
 
     def _read(self, page: StoredPage, rows: range, tokens: VisionTokens) -> dict[int, Reading]:
         """Reads rows, or the whole page where there are none, and keeps what was read."""
-        try:
-            (done,) = (
-                self.optics.engine.decode([tokens], rows=list(rows))
-                if rows and self._by_rows
-                else self.optics.engine.decode([tokens])
-            )
-        except CheckpointError:
-            raise
+        (done,) = self.optics.engine.decode([tokens], rows=list(rows) if rows and self._by_rows else None)
         if self._by_rows:
-            pairs = zip(done.rows, done.row_symbols, strict=True)
+            said = [*done.row_symbols, *[""] * len(done.rows)]  # a row below the text says nothing
+            pairs = zip(done.rows, said, strict=False)
             readings = [Reading(row.number, symbols, _all_right(row.probabilities)) for row, symbols in pairs]
         else:
             share = done.confidence
@@ -158,7 +152,7 @@ class PageReader:
             readings.append(Reading(END, "", 1.0))
         if self._transaction is not None:
             with self._transaction() as change:
-                change.put_readings(page.number, _tier(page.width), readings)
+                change.put_readings(page.number, _tier(side_of(page)), readings)
         return {reading.row: reading for reading in readings}
 
 
@@ -184,6 +178,3 @@ def _said(readings: dict[int, Reading], rows: range, *, by_rows: bool) -> Said:
     text = "".join(reading.text for reading in some)
     confidence = math.prod(reading.confidence for reading in some)
     return Said(read_symbols(text) if by_rows else text, confidence, tuple(numbers))
-
-
-__all__ = ["OptmemError", "PageReader", "Said"]

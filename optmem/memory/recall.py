@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from optmem.errors import InputError, PageCorrupted
-from optmem.memory.details import Details, handle
+from optmem.memory.details import Details, handle, side_of
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics
 from optmem.memory.reading import PageReader, Said
@@ -118,7 +118,7 @@ class Answers:
             )
         note = ""
         if least is not None and min(fidelity, said.confidence) < least:
-            note = f"less sure than the {least:g} asked for: at {page.width} pixels {fidelity:.0%} of lines are read exactly"
+            note = f"less sure than the {least:g} asked for: at {side_of(page)} pixels {fidelity:.0%} of lines are read exactly"
             if facts:
                 where = (line.start, line.stop)
                 return Hit("  ".join(facts), 1.0, "factsheet", handle(page.number), where, seqs, place.score, facts, fidelity, note)
@@ -144,7 +144,7 @@ class Answers:
     def fidelity(self, page: StoredPage) -> float:
         """Share of a page's lines that are read without an error from the pixels that are kept of it."""
         ladder = self.optics.ladder
-        found = ladder.curve.at(ladder.size, min(page.width, ladder.size), ladder.cell, complete=True)
+        found = ladder.curve.at(ladder.size, min(side_of(page), ladder.size), ladder.cell, complete=True)
         return found.score if found.exact_lines is None else found.exact_lines
 
 
