@@ -55,21 +55,21 @@ class Sieve:
         return found
 
     def _find(self, tokens: Tensor, pages: list[int], cell: tuple[int, int], least: float) -> list[Sifted]:
-        hidden = self.glance.hidden(tokens, cell)  # [B, n, cells of a token, width]
-        order, columns = _reading_order(tokens.shape[1], cell)
-        flat = hidden.flatten(1, 2)
-        head = self.glance.symbols
-        some = torch.nn.functional.linear(flat, head.weight[self.ids], head.bias[self.ids])[:, order].float() / self.temperature
-        chances = some.log_softmax(-1)  # too high, for the sum lacks what is rare
+        flat = self.glance.hidden(tokens, cell).flatten(1, 2)  # [B, cells token by token, width]
+        head, order = self.glance.symbols, _reading_order(tokens.shape[1], cell)
+        # Symbols first: what is looked at along the rows of a page then lies side by side.
+        some = head.weight[self.ids] @ flat.flatten(0, 1).T + head.bias[self.ids][:, None]
+        chances = _in_order(some.float(), tokens, cell).div_(self.temperature).log_softmax(0)  # [ids, B, cells row by row]
+        columns = round(tokens.shape[1] ** 0.5) * (PIXELS_PER_TOKEN // cell[1])
         found: list[Sifted] = []
         for number, word in enumerate(self.words):
             scores = _along(chances, word)  # [B, cells]
-            best, at = scores.topk(min(PLACES, scores.shape[1]), dim=1)
-            sure = best >= math.log(least)
-            if not bool(sure.any()):
+            likely = (scores.amax(1) >= math.log(least)).nonzero()[:, 0]
+            if not len(likely):
                 continue
-            page, which = sure.nonzero().unbind(1)
-            start = at[page, which]
+            best, start = scores[likely].topk(min(PLACES, scores.shape[1]), dim=1)
+            which, place = (best >= math.log(least)).nonzero().unbind(1)
+            page, start = likely[which], start[which, place]
             exact = self._exact(flat, order, page, start, word)
             rows = (start // columns).tolist()
             for one, row, value in zip(page.tolist(), rows, exact.tolist(), strict=True):
@@ -87,23 +87,37 @@ class Sieve:
         return (total / len(word)).exp()
 
 
-def _reading_order(squares: int, cell: tuple[int, int]) -> tuple[Tensor, int]:
-    """Where each cell of a page, row by row, stands among the cells of its tokens, token by token; and columns of a row."""
-    side, down, across = round(squares**0.5), PIXELS_PER_TOKEN // cell[0], PIXELS_PER_TOKEN // cell[1]
-    numbers = torch.arange(squares * down * across).view(side, side, down, across)
-    return numbers.transpose(1, 2).reshape(-1), side * across
+def _grid(squares: int, cell: tuple[int, int]) -> tuple[int, int, int]:
+    """Tokens along a page's side, and cells down and across a token."""
+    return round(squares**0.5), PIXELS_PER_TOKEN // cell[0], PIXELS_PER_TOKEN // cell[1]
+
+
+def _reading_order(squares: int, cell: tuple[int, int]) -> Tensor:
+    """Where each cell of a page, row by row, stands among the cells of its tokens, token by token."""
+    side, down, across = _grid(squares, cell)
+    return torch.arange(squares * down * across).view(side, side, down, across).transpose(1, 2).reshape(-1)
+
+
+def _in_order(some: Tensor, tokens: Tensor, cell: tuple[int, int]) -> Tensor:
+    """[ids, B x cells token by token] -> [ids, B, cells row by row]."""
+    side, down, across = _grid(tokens.shape[1], cell)
+    grid = some.view(len(some), len(tokens), side, side, down, across)
+    return grid.transpose(3, 4).reshape(len(some), len(tokens), -1)
 
 
 def _along(chances: Tensor, word: Sequence[Sequence[int]]) -> Tensor:
     """The mean over the symbols of a word that begins at each cell, [B, cells]; less than nothing where it would leave the page."""
-    cells = chances.shape[1]
-    total = torch.full(chances.shape[:2], -math.inf, device=chances.device)
+    pages, cells = chances.shape[1:]
+    total = torch.full((pages, cells), -math.inf, device=chances.device)
     fits = cells - len(word) + 1
     if fits <= 0:
         return total
-    some = torch.zeros(chances.shape[0], fits, device=chances.device)
-    for offset, symbol in enumerate(word):
-        some += chances[:, offset : offset + fits, list(symbol)].amax(-1)
+    some = torch.zeros(pages, fits, device=chances.device)
+    for offset, (first, *others) in enumerate(word):
+        best = chances[first, :, offset : offset + fits]
+        for other in others:
+            best = torch.maximum(best, chances[other, :, offset : offset + fits])
+        some += best
     total[:, :fits] = some / len(word)
     return total
 
