@@ -43,7 +43,6 @@ from optmem.engine.sampling import told
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.search import LEAST, Found, Words, found_in
 from optmem.engine.sift import Sieve
-from optmem.engine.texts import Prompter
 from optmem.engine.texts import Prompter, PromptRequest
 from optmem.engine.view_encoder import ViewEncoder
 from optmem.engine.vision_tokens import VisionTokens
