@@ -4,6 +4,8 @@ import asyncio
 import base64
 import io
 import random
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -637,6 +639,23 @@ def test_readers_beside_the_writer(engine, tmp_path):
                     forbidden()
             writer.add({"role": "user", "content": "said meanwhile"})
             assert reader.context().items[-1].message.given["content"] == "said meanwhile"
+
+
+READ = """
+import sys
+from optmem import Memory
+with Memory.open(sys.argv[1], mode="read") as memory:
+    (hit,) = memory.recall("what was said meanwhile", limit=1)
+    print(hit.text, hit.source, memory.stats().counts.messages)
+"""
+
+
+def test_another_process_reads_what_was_added(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine, budget=900) as memory:
+        history(memory, 4)
+        memory.add({"role": "user", "content": "this was said meanwhile"})
+        done = subprocess.run([sys.executable, "-c", READ, str(tmp_path / "m")], capture_output=True, text=True, check=True)
+        assert done.stdout == "this was said meanwhile verbatim 9\n"
 
 
 def test_settings_stay_with_the_memory(engine, tmp_path):
