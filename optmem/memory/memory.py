@@ -16,10 +16,10 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
 from optmem.errors import InputError, StoreError
-from optmem.items import in_parts
 from optmem.memory.adding import new_messages
 from optmem.memory.ageing import Plan, Planner, apply, check_budget
 from optmem.memory.aio import AsyncTwins
@@ -210,7 +210,7 @@ class Memory(AsyncTwins):
             state = State.of(view)
             if view.last_seq() == state.drawn:
                 return []
-        return self._draw_runs(state, to_the_end=False)
+        return self._draw_runs(to_the_end=False)
 
     def _draw_all(self) -> bool:
         """Draws also the last page, which is not full; whether there was anything to draw."""
@@ -218,26 +218,31 @@ class Memory(AsyncTwins):
             state = State.of(view)
             if all(group.reason is not None for group in read_groups(view, state, self.settings.policy)):
                 return False
-        self._draw_runs(state, to_the_end=True)
+        self._draw_runs(to_the_end=True)
         return True
 
-    def _draw_runs(self, state: State, *, to_the_end: bool) -> list[str]:
+    def _draw_runs(self, *, to_the_end: bool) -> list[str]:
+        """Some runs at a time: a history that was never drawn may be larger than memory."""
         rows = rows_of(self.optics.ladder.size, self.optics.ladder.cell)
         notes: list[str] = []
-        with self._snapshot() as view:
-            found = list(cut(read_groups(view, state, self.settings.policy), rows))
-        last = found.pop()
-        if to_the_end and last:
-            found.append(last)
-        for some in in_parts(found, AT_ONCE):
-            runs = [each for each in some if isinstance(each, list)]
-            drawn, wrong = draw_runs(runs, self.optics, self.settings)
+        is_last = False
+        while not is_last:
+            with self._snapshot() as view:
+                state = State.of(view)
+                groups = read_groups(view, state, self.settings.policy)
+                found = list(islice(cut(groups, rows), AT_ONCE + 1))
+            is_last = len(found) <= AT_ONCE
+            left = found.pop()  # the run that is still open, or one of the next round
+            if is_last and to_the_end and left:
+                found.append(left)
+            drawn, wrong = draw_runs([each for each in found if isinstance(each, list)], self.optics, self.settings)
             notes += wrong
-            for each in some:
+            for each in found:
                 state = _behind(state, each)
-            with self._writing() as change:
-                keep_runs(change, drawn, self.optics)
-                change.set(STATE, replace(State.of(change), drawn=state.drawn, groups=state.groups, kept=state.kept).to_json())
+            if found:
+                with self._writing() as change:
+                    keep_runs(change, drawn, self.optics)
+                    change.set(STATE, state.to_json())
         return notes
 
     def _encode(self, png: bytes) -> VisionTokens:
