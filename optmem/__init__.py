@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from optmem.engine import Completion, Engine, Glanced, VisionTokens, document_text
     from optmem.errors import OptmemError
+    from optmem.memory.memory import Memory
     from optmem.pages import Page, paginate
 else:
     _HOMES = dict.fromkeys(("Completion", "Engine", "Glanced", "VisionTokens", "document_text"), "optmem.engine")
     _HOMES |= {"OptmemError": "optmem.errors", "Page": "optmem.pages", "paginate": "optmem.pages"}
+    _HOMES |= {"Memory": "optmem.memory.memory"}
 
     def __getattr__(name: str) -> object:
         """A public name, imported when it is first asked for: torch takes seconds, in which the command line must hear Ctrl-C."""
@@ -24,5 +26,5 @@ else:
         return sorted({*globals(), *_HOMES})
 
 
-__all__ = ["Completion", "Engine", "Glanced", "OptmemError", "Page", "VisionTokens", "document_text", "paginate"]
+__all__ = ["Completion", "Engine", "Glanced", "Memory", "OptmemError", "Page", "VisionTokens", "document_text", "paginate"]
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ LAYERS = [
 
 def test_public_names():
     reading = {"Completion", "Engine", "Glanced", "VisionTokens", "document_text"}
-    assert set(optmem.__all__) == {"OptmemError", "Page", "paginate"} | reading
+    assert set(optmem.__all__) == {"Memory", "OptmemError", "Page", "paginate"} | reading
     assert all(hasattr(optmem, name) for name in optmem.__all__)
 
 

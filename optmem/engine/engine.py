@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Self, Unpack
 
 import torch
@@ -41,6 +42,7 @@ from optmem.engine.runner import Runner
 from optmem.engine.sampling import told
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.search import LEAST, Found, Words, found_in
+from optmem.engine.sift import Sieve
 from optmem.engine.texts import Prompter, PromptRequest
 from optmem.engine.view_encoder import ViewEncoder
 from optmem.engine.vision_tokens import VisionTokens
@@ -69,6 +71,7 @@ class Engine:
         kv: Kv = "auto",
         limits: Limits | None = None,
         lanes: Lanes | None = None,
+        folder: Path | None = None,
     ) -> None:
         """
         model          its weights are shared, not copied
@@ -78,9 +81,10 @@ class Engine:
                        holds and moves half of the bytes on a GPU and changes answers a little (docs/notes/kernels.md)
         limits         of one pass; None is what suits a CPU, or a GPU with its memory
         lanes          on which passes are recorded and replayed; None is CUDA graphs on a GPU, and on a CPU nothing is recorded
+        folder         of its checkpoint, where what was measured of it is looked for
         """
         check_kv(kv)
-        self.model = model
+        self.model, self.folder = model, folder
         self.temperatures = temperatures
         self.cache_bytes, self.kv, self.limits = cache_bytes, kv, limits
         self._lanes = lanes_for(self.device) if lanes is None else lanes
@@ -118,7 +122,7 @@ class Engine:
         temperatures = read_temperatures(folder, model)  # compares the weights that are stored
         if precision.is_int8:
             quantize(model.decoder)
-        return cls(model, temperatures, kv=kv)
+        return cls(model, temperatures, kv=kv, folder=folder)
 
     @property
     def device(self) -> torch.device:
@@ -288,6 +292,16 @@ class Engine:
         for number, pages in enumerate(self._groups(tokens)):
             found += found_in(number, reader.fits(pages, wanted, temperature), least)
         return sorted(found, key=lambda each: -each.confidence)[:limit]
+
+    def sieve(self, words: Sequence[str]) -> Sieve:
+        """Words to look for in very many pages, in capitals or not: `Sieve.find` takes features of pages of one size at once.
+
+        Raises InputError for a public model, and for words that are blank or more than a line.
+        """
+        reader = self._rows_reader("search")
+        for word in words:
+            Words(word, reader.tokenizer, ignore_case=True)  # which refuses what cannot be looked for
+        return Sieve(reader.head, reader.tokenizer, words, temperature=(self.temperatures or Temperatures()).glance)
 
     def _rows_reader(self, what: str) -> RowsReader:
         """Nano's reader.  Raises InputError for a public model."""

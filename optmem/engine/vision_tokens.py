@@ -20,7 +20,7 @@ from torch import Tensor
 
 from optmem.errors import CheckpointError, InputError, OutputError
 from optmem.files import open_inside, parse_json
-from optmem.model.tensor_file import Entry, all_finite, read_header, read_tensor, write_file
+from optmem.model.tensor_file import Entry, all_finite, file_bytes, read_header, read_tensor, write_file
 from optmem.pixels import NO_TILES, Grid, Mode
 
 FORMAT = "optmem vision tokens 1"
@@ -99,16 +99,13 @@ class VisionTokens:
 
         Raises OutputError where it cannot be written, InputError for no name, and for values that could not be read back.
         """
-        self._check_finite()
         target = _as_path(path)
         if not target.name or "\0" in target.name:
             raise OutputError(f"{str(path)!r} is no name of a file to write vision tokens to")
-        metadata = {"format": FORMAT, "mode": json.dumps(asdict(self.mode)), "grid": json.dumps(self.grid), "encoder": self.encoder}
-        if self.picture is not None:
-            metadata["picture"] = json.dumps(self.picture)
+        tensors, metadata = self._content(int8=int8)
         unfinished = target.with_name(f".{secrets.token_hex(8)}.unfinished")
         try:
-            write_file(unfinished, _as_int8(self.features) if int8 else {FEATURES: self.features}, metadata)
+            write_file(unfinished, tensors, metadata)
             unfinished.replace(target)
         except OSError as error:
             raise OutputError(f"cannot write {target.name}: {error.strerror or error}") from None
@@ -116,29 +113,56 @@ class VisionTokens:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
 
+    def to_bytes(self, *, int8: bool = False) -> bytes:
+        """What `save` writes to a file.  Raises InputError as it does."""
+        return file_bytes(*self._content(int8=int8))
+
+    def _content(self, *, int8: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+        self._check_finite()
+        metadata = {"format": FORMAT, "mode": json.dumps(asdict(self.mode)), "grid": json.dumps(self.grid), "encoder": self.encoder}
+        if self.picture is not None:
+            metadata["picture"] = json.dumps(self.picture)
+        return _as_int8(self.features) if int8 else {FEATURES: self.features}, metadata
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> VisionTokens:
         """The tokens in a file.  Raises SourceNotFoundError where there is none, CheckpointError where it is damaged or holds
         something else, NaN included: nothing is allocated before its header is checked."""
         source = _as_path(path)
         with open_inside(source.parent.resolve(), source.name) as descriptor:
-            header = read_header(descriptor, source.name)
-            mode, grid, encoder, picture = _read_metadata(header.metadata, source.name)
-            entry = header.tensors.get(FEATURES)
-            is_int8 = entry is not None and entry.dtype == torch.int8
-            names = {FEATURES, SCALES} if is_int8 else {FEATURES}
-            if entry is None or header.tensors.keys() != names:
-                wanted = " and ".join(map(repr, sorted(names)))
-                raise CheckpointError(f"{source.name} must hold {wanted}, got {_shown(list(header.tensors))}")
-            if not (is_int8 or entry.dtype in _FLOATS) or len(entry.shape) != 2:
-                given = list(entry.shape)
-                raise CheckpointError(f"{source.name}: features must be [n, hidden] of bf16, fp16, fp32 or int8, got {given}")
-            if entry.shape[0] != mode.paper_tokens(grid):
-                wanted = f"{mode.paper_tokens(grid)}, as mode {mode.name} has"
-                raise CheckpointError(f"{source.name}: the number of tokens must be {wanted}, got {entry.shape[0]}")
-            features = _read(descriptor, entry, source.name, device)
-            if is_int8:
-                features *= _read_scales(descriptor, header.tensors[SCALES], entry, source.name, device)[:, None]
+            return cls._from_file(descriptor, source.name, device)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, *, name: str = "vision tokens", device: torch.device | str = "cpu") -> VisionTokens:
+        """The tokens in what `to_bytes` gave.  Raises CheckpointError as `load` does."""
+        descriptor = os.memfd_create("vision tokens", os.MFD_CLOEXEC)  # a file that no disk sees
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            return cls._from_file(descriptor, name, device)
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def _from_file(cls, descriptor: int, name: str, device: torch.device | str) -> VisionTokens:
+        header = read_header(descriptor, name)
+        mode, grid, encoder, picture = _read_metadata(header.metadata, name)
+        entry = header.tensors.get(FEATURES)
+        is_int8 = entry is not None and entry.dtype == torch.int8
+        names = {FEATURES, SCALES} if is_int8 else {FEATURES}
+        if entry is None or header.tensors.keys() != names:
+            wanted = " and ".join(map(repr, sorted(names)))
+            raise CheckpointError(f"{name} must hold {wanted}, got {_shown(list(header.tensors))}")
+        if not (is_int8 or entry.dtype in _FLOATS) or len(entry.shape) != 2:
+            given = list(entry.shape)
+            raise CheckpointError(f"{name}: features must be [n, hidden] of bf16, fp16, fp32 or int8, got {given}")
+        if entry.shape[0] != mode.paper_tokens(grid):
+            wanted = f"{mode.paper_tokens(grid)}, as mode {mode.name} has"
+            raise CheckpointError(f"{name}: the number of tokens must be {wanted}, got {entry.shape[0]}")
+        features = _read(descriptor, entry, name, device)
+        if is_int8:
+            features *= _read_scales(descriptor, header.tensors[SCALES], entry, name, device)[:, None]
         return cls(features, mode, grid, encoder, picture)
 
 

@@ -59,8 +59,13 @@ CREATE TABLE blobs(  -- a file is kept as long as a row names it
 ) WITHOUT ROWID;
 CREATE INDEX blobs_by_name ON blobs(name);
 CREATE TABLE garbage(name TEXT PRIMARY KEY) WITHOUT ROWID;  -- files to remove once no reader looks at an older snapshot
-CREATE TRIGGER blob_dropped AFTER DELETE ON blobs BEGIN INSERT OR IGNORE INTO garbage VALUES(old.name); END;
-CREATE TRIGGER blob_replaced AFTER UPDATE ON blobs BEGIN INSERT OR IGNORE INTO garbage VALUES(old.name); END;
+-- Not OR IGNORE: within a trigger the outer statement decides about conflicts, and an upsert refuses them.
+CREATE TRIGGER blob_dropped AFTER DELETE ON blobs BEGIN
+    INSERT INTO garbage SELECT old.name WHERE old.name NOT IN (SELECT name FROM garbage);
+END;
+CREATE TRIGGER blob_replaced AFTER UPDATE ON blobs BEGIN
+    INSERT INTO garbage SELECT old.name WHERE old.name NOT IN (SELECT name FROM garbage);
+END;
 
 CREATE TABLE readings(
     page INTEGER NOT NULL REFERENCES pages ON DELETE CASCADE,

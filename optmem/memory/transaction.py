@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time as clock
@@ -10,8 +11,9 @@ from contextlib import suppress
 
 from optmem.errors import InputError
 from optmem.memory.blobs import BlobFolder, blob_name
-from optmem.memory.records import NewMessage, NewPage, Reading, check_integer, check_number, check_word
+from optmem.memory.records import NewLine, NewMessage, NewPage, Reading, check_integer, check_number, check_word
 from optmem.memory.schema import as_text, telling
+from optmem.memory.tables import TABLES
 from optmem.memory.view import View
 from optmem.memory.words import spaced
 
@@ -145,6 +147,12 @@ class Transaction(View):
             self._check_json(details)
             self._do("UPDATE pages SET details = ? WHERE number = ?", (details, number))
 
+    def put_lines(self, number: int, lines: Sequence[NewLine]) -> None:
+        """Gives the index the lines of a page, instead of those that it has: such as what was read of a picture."""
+        self.page(number)
+        self._do("DELETE FROM lines WHERE page = ?", (number,))
+        self._add_lines([(number, line.row, line.first, line.last, *_indexed(line.text)) for line in lines])
+
     def drop_page(self, number: int) -> None:
         """Takes a page away, with its files, lines and readings; its messages stay, and must be shown by another page or have text.
 
@@ -171,6 +179,38 @@ class Transaction(View):
         if bare:
             raise InputError(f"no page shows message {bare[0][0]}: without its text it would be lost; forget it instead")
         self._do("UPDATE messages SET content = NULL WHERE seq IN (SELECT value FROM json_each(?))", (listed,))
+
+    # A whole memory from an archive
+
+    def restore_file(self, content: bytes) -> None:
+        """Keeps a file that rows of the archive will name."""
+        name = blob_name(content)
+        self._written.append(name)
+        self._blobs.put(content)
+
+    def restore_table(self, table: str, rows: Iterable[tuple[bytes, Sequence[object]]]) -> tuple[int, str]:
+        """Keeps rows as they were, with their numbers; how many, and the checksum of the bytes that they came in.
+
+        rows   each with these bytes, and checked
+        """
+        columns = list(TABLES[table])
+        texts = {name for name in columns if name in ("content", "text", "spaced", "factsheet")}
+        marks = ", ".join("CAST(? AS TEXT)" if name in texts else "?" for name in columns)
+        insert = f"INSERT INTO {table}({', '.join(columns)}) VALUES({marks})"
+        if table == "sqlite_sequence":
+            self._do("DELETE FROM sqlite_sequence")
+        count, digest = 0, hashlib.sha256()
+        for line, row in rows:
+            self._do(
+                insert,
+                [
+                    as_text(value) if name in texts and isinstance(value, str) else value
+                    for name, value in zip(columns, row, strict=True)
+                ],
+            )
+            count += 1
+            digest.update(line)
+        return count, digest.hexdigest()
 
     # Files and readings
 

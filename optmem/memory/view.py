@@ -21,6 +21,7 @@ from optmem.memory.records import (
     check_word,
 )
 from optmem.memory.schema import telling
+from optmem.memory.tables import TABLES
 from optmem.memory.words import phrase, words
 
 MANY = 1000  # lines: a word that so many have tells little
@@ -238,6 +239,20 @@ class View:
         """What was set, None where nothing was."""
         rows = self._rows("SELECT value FROM settings WHERE name = ?", (name,))
         return str(rows[0][0]) if rows else None
+
+    def table(self, name: str) -> Iterator[tuple[object, ...]]:
+        """All rows of a table, as `tables.TABLES` has its columns."""
+        columns = ", ".join(TABLES[name])
+        self._check_open()
+        with telling():
+            yield from self._connection.execute(f"SELECT {columns} FROM {name} ORDER BY 1, 2")  # noqa: S608
+
+    def holds(self, text: str) -> bool:
+        """Whether any message, line, factsheet or reading has a text in it, in capitals or not."""
+        tables = (("messages", "content"), ("lines", "text"), ("pages", "factsheet"), ("readings", "text"))
+        forms = [text.lower(), json.dumps(text, ensure_ascii=False)[1:-1].lower()]
+        queries = (f"SELECT EXISTS(SELECT 1 FROM {table} WHERE instr(lower({column}), ?))" for table, column in tables)  # noqa: S608
+        return any(self._number(query, (form,)) for query in queries for form in forms)
 
     def counts(self) -> Counts:
         """How much there is."""

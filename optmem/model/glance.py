@@ -96,6 +96,24 @@ class Glance(ReadOut):
         logits, shape = self._logits(tokens, self._cell(tokens)[0], None, temperature)
         return logits.log_softmax(-1)[:, ids].view(*shape, -1)
 
+    @torch.inference_mode()
+    def hidden(self, tokens: Tensor, cell: tuple[int, int]) -> Tensor:
+        """What stands before the last projection at every cell of pages, [B, n, D] -> [B, n, cells of a token, width].
+
+        Only the places at the centres of cells are computed: of cells of 16 x 8, a quarter.  Cells must divide a token's square.
+        """
+        height, width = cell
+        down, across = PIXELS_PER_TOKEN // height, PIXELS_PER_TOKEN // width
+        y, x = torch.meshgrid(torch.arange(down) * height + height // 2, torch.arange(across) * width + width // 2, indexing="ij")
+        y, x = y.flatten().to(tokens.device), x.flatten().to(tokens.device)
+        place = y // PLACE_HEIGHT * (self.side // PLACE_WIDTH) + x // PLACE_WIDTH  # [cells of a token]
+        weight = self.places.weight.view(-1, self.code, tokens.shape[-1])[place].flatten(0, 1)
+        bias = self.places.bias.view(-1, self.code)[place].flatten()
+        codes = nn.functional.linear(self.norm(tokens), weight, bias).view(*tokens.shape[:2], len(place), self.code)
+        read = codes * (1 + self.rows(y % PLACE_HEIGHT) + self.columns(x % PLACE_WIDTH))
+        found: Tensor = nn.functional.gelu(self.mix(read))
+        return found
+
     def _cell(self, tokens: Tensor) -> tuple[tuple[int, int], float]:
         """Height and width of a page's cells, and how sure the tokens are of it."""
         if tokens.dim() != 2 or not tokens.shape[0] or round(tokens.shape[0] ** 0.5) ** 2 != tokens.shape[0]:

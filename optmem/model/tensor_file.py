@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -187,6 +187,18 @@ def _chunk_is_finite(values: Tensor) -> bool:
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors in the order given, one at a time; durable when it returns.  The file must not exist yet."""
+    with path.open("xb", buffering=0) as file:
+        _write_all(file.fileno(), _parts(tensors, metadata))
+        os.fsync(file.fileno())
+
+
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What `write_file` writes."""
+    return b"".join(_parts(tensors, metadata))
+
+
+def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file, a tensor at a time."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, tensor in tensors.items():
@@ -195,11 +207,9 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         offset += size
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)  # the data begins at a multiple of 8 bytes
-    with path.open("xb", buffering=0) as file:
-        _write_all(file.fileno(), [len(content).to_bytes(8, "little"), content])
-        for tensor in tensors.values():
-            _write_all(file.fileno(), [_bytes(tensor)])
-        os.fsync(file.fileno())
+    yield from (len(content).to_bytes(8, "little"), content)
+    for tensor in tensors.values():
+        yield _bytes(tensor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

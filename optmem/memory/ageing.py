@@ -1,0 +1,319 @@
+"""At which tier everything is shown: pages and groups as candidates of an allocation, and what its answer changes in the store.
+
+On the disk a page keeps its sharpest pixels and tokens, however small it is shown: `recall` reads those.  Only where a memory was
+made with keep_sharp=False do they age too, to what is shown, and what was read of them goes with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from optmem.errors import InputError, PageCorrupted
+from optmem.images import Pixels
+from optmem.memory.allocation import Allocation, Candidate, allocate
+from optmem.memory.details import Details, handle
+from optmem.memory.drawing import PIXELS, Group
+from optmem.memory.importance import importance
+from optmem.memory.ladder import sheet_of
+from optmem.memory.optics import Optics, as_png, from_png, sheet_of_pages
+from optmem.memory.records import StoredPage
+from optmem.memory.settings import Settings, State
+from optmem.memory.tiers import Choices, Tier
+from optmem.memory.transaction import Transaction
+from optmem.memory.view import View
+
+SHOWN, SHEET, TOKENS = "shown", "sheet", "tokens"  # kinds of files
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is shown as one: a page, or a group that is on none."""
+
+    first: int  # seq, by which the history is ordered
+    number: int  # of the page, 0 for a group
+    tier: int  # at which it is shown, a number on the ladder
+    page: StoredPage | None = None
+    details: Details | None = None
+    group: Group | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What everything is shown at, oldest first."""
+
+    units: tuple[Unit, ...]
+    choices: tuple[Choices, ...]
+    before: tuple[int | None, ...]  # tiers
+    allocation: Allocation
+
+
+class Planner:
+    """Makes plans.  What a page costs and keeps is computed once."""
+
+    def __init__(self, optics: Optics, settings: Settings) -> None:
+        self.optics, self.settings = optics, settings
+        self._known: dict[tuple[int, bool], Choices] = {}
+
+    def plan(
+        self,
+        view: View,
+        state: State,
+        groups: Sequence[Group],
+        budget: int,
+        *,
+        shown: Mapping[int, int] | None = None,
+    ) -> Plan:
+        """groups   that are on no pages, oldest first
+        shown    tiers at which pages were shown with this budget; None is what the store says
+
+        Raises InputError where what must not fall does not fit.
+        """
+        pages = [(page, Details.of(page)) for page in view.pages()]
+        now = max([state.groups, *(group.number + 1 for group in groups)])
+        newest: dict[int, int] = {}
+        for _, details in pages:
+            newest[details.run] = max(newest.get(details.run, 0), details.group)
+        pins = _pins(view, state, pages)
+        barred: set[int] = set()
+        while True:
+            units, candidates = [], []
+            for page, details in pages:
+                held = self._held(page, shown)
+                choices = self.choices(page, details, barred=details.run in barred)
+                units.append(Unit(page.first, page.number, 0, page, details))
+                candidates.append(self._candidate(page, details, choices, held, newest[details.run], now, pins, shown))
+            for group in groups:
+                units.append(Unit(group.stored[0].seq, 0, 0, group=group))
+                candidates.append(self._of_group(group, now))
+            order = sorted(range(len(units)), key=lambda at: (units[at].first, units[at].number))
+            units, candidates = [units[at] for at in order], [candidates[at] for at in order]
+            found = allocate(
+                candidates, self.optics.ladder.tiers, budget, self.settings.policy, sheet_pages=self.optics.ladder.sheet_pages
+            )
+            mixed = _mixed(units, found.tiers, barred)
+            if not mixed:
+                break
+            barred |= mixed
+        units = [replace(unit, tier=tier) for unit, tier in zip(units, found.tiers, strict=True)]
+        before = tuple(candidate.held for candidate in candidates)
+        return Plan(tuple(units), tuple(candidate.choices for candidate in candidates), before, found)
+
+    def choices(self, page: StoredPage, details: Details, *, barred: bool = False) -> Choices:
+        """What a page costs and keeps at every tier."""
+        has_text = details.kind == "text" and not barred and (page.tier == "text" or (self.settings.archive and page.tier != "new"))
+        key = page.number, has_text
+        found = self._known.get(key)
+        if found is None:
+            found = self.optics.ladder.choices(
+                page.text_tokens if has_text else None,
+                facts_tokens=details.facts_tokens,
+                facts_share=details.facts_share,
+                width=details.side or page.width,
+            )
+            self._known[key] = found
+        return found
+
+    def forget(self, number: int) -> None:
+        """What was known of a page that has changed."""
+        for has_text in (False, True):
+            self._known.pop((number, has_text), None)
+
+    def _held(self, page: StoredPage, shown: Mapping[int, int] | None) -> int | None:
+        if shown is not None and page.number in shown:
+            return shown[page.number]
+        return None if page.tier in ("text", "new") else self.optics.ladder.find(page.tier)
+
+    def _candidate(
+        self,
+        page: StoredPage,
+        details: Details,
+        choices: Choices,
+        held: int | None,
+        group: int,
+        now: int,
+        pins: Mapping[int, int],
+        shown: Mapping[int, int] | None,
+    ) -> Candidate:
+        counts = importance(
+            now, details.group, recalls=details.recalls, weight=page.weight, half_life=self.settings.policy.half_life
+        )
+        is_raised = details.raised and shown is None
+        return Candidate(
+            handle(page.number),
+            choices,
+            counts,
+            group,
+            held,
+            self.optics.sharp if is_raised else None,
+            pins.get(page.number),
+            "it is pinned" if page.number in pins else "",
+            sheet_of(page.number - 1, max(self.optics.ladder.sheet_pages, 1)),
+        )
+
+    def _of_group(self, group: Group, now: int) -> Candidate:
+        width = len(self.optics.ladder.tiers)
+        choices = Choices((group.tokens, *[None] * (width - 1)), (1.0, *[0.0] * (width - 1)))
+        reason = group.reason or "no page of it is full yet"
+        counts = importance(now, group.number, half_life=self.settings.policy.half_life)
+        return Candidate(f"m{group.stored[0].seq}", choices, counts, group.number, 0, None, 0, reason)
+
+
+def _pins(view: View, state: State, pages: Iterable[tuple[StoredPage, Details]]) -> dict[int, int]:
+    """Tiers that pages must not fall below; 0, text, holds for all pages of a run."""
+    found: dict[int, int] = {}
+    messages = dict(state.pins)
+    showing = {number for seq in messages for number in view.pages_showing(seq, seq)}
+    runs: set[int] = set()
+    for page, details in pages:
+        if details.pin or page.number in showing:
+            found[page.number] = 1 if details.pin == "page" or page.tier not in ("text", "new") else 0
+            if found[page.number] == 0:
+                runs.add(details.run)
+    for page, details in pages:
+        if details.run in runs and details.kind == "text":
+            found[page.number] = 0
+    return found
+
+
+def _mixed(units: Sequence[Unit], tiers: Sequence[int], barred: set[int]) -> set[int]:
+    """Runs of which some pages would be text and others not."""
+    seen: dict[int, set[bool]] = {}
+    for unit, tier in zip(units, tiers, strict=True):
+        if unit.details is not None and unit.details.kind == "text":
+            seen.setdefault(unit.details.run, set()).add(tier == 0)
+    return {run for run, found in seen.items() if len(found) > 1 and run not in barred}
+
+
+# --- the store ----------------------------------------------------------------------------------------------------------------
+
+
+def apply(change: Transaction, plan: Plan, optics: Optics, settings: Settings) -> list[str]:
+    """Makes a plan what is; notes of pages whose pixels are damaged."""
+    notes: list[str] = []
+    left_text: dict[int, None] = {}
+    for unit, choices in zip(plan.units, plan.choices, strict=True):
+        if unit.page is None or unit.details is None:
+            continue
+        name = optics.ladder.tiers[unit.tier].name
+        if name == unit.page.tier and not unit.details.raised:
+            continue
+        tokens = choices.tokens[unit.tier] or 0
+        details = replace(unit.details, raised=False)
+        if unit.tier > 0:
+            side, more = _show(change, unit, optics, settings)
+            details, notes = replace(details, side=side), notes + more
+        change.change_page(unit.number, tier=name, tokens=tokens, details=details.to_json())
+        if unit.page.tier == "text" and unit.tier > 0:
+            left_text |= dict.fromkeys(seq for seq, _, _ in unit.details.rows)
+    if left_text and not settings.archive:
+        change.drop_text(_whole(change, left_text))
+    notes += draw_sheets(change, optics)
+    return notes
+
+
+def _whole(view: View, seqs: Iterable[int]) -> list[int]:
+    """Messages none of whose pages are text."""
+    pages = {seq: view.pages_showing(seq, seq) for seq in seqs}
+    return [seq for seq, numbers in pages.items() if all(view.page(number).tier != "text" for number in numbers)]
+
+
+def _show(change: Transaction, unit: Unit, optics: Optics, settings: Settings) -> tuple[int, list[str]]:
+    """Keeps the picture of a page at its tier; the side of the sharpest that is kept, where it aged, and what is wrong."""
+    assert unit.page is not None
+    assert unit.details is not None
+    tier, was = optics.ladder.tiers[unit.tier], unit.details.side or unit.page.width
+    try:
+        if tier.kind == "page" and tier.side < was:
+            change.put_blob(unit.number, SHOWN, picture(change, unit.page, tier, optics), tier=tier.name)
+        else:
+            change.drop_blob(unit.number, SHOWN)
+        kept = tier if tier.kind == "page" else _smallest(optics.ladder.tiers, was)
+        if not settings.keep_sharp and kept is not None and kept.side < was:
+            change.put_blob(unit.number, PIXELS, picture(change, unit.page, kept, optics), tier=kept.name)
+            change.drop_blob(unit.number, SHOWN)
+            change.drop_blob(unit.number, TOKENS)
+            change.drop_readings(unit.number)
+            return kept.side, []
+    except PageCorrupted as damage:
+        return unit.details.side, [str(damage)]
+    return unit.details.side, []
+
+
+def _smallest(tiers: Sequence[Tier], side: int) -> Tier | None:
+    fitting = [tier for tier in tiers if tier.kind == "page" and tier.side <= side]
+    return fitting[-1] if fitting else None
+
+
+def pixels_of(view: View, page: StoredPage) -> Pixels:
+    """The sharpest that there is.  Raises PageCorrupted."""
+    return from_png(_sharp(view, page))
+
+
+def _sharp(view: View, page: StoredPage) -> bytes:
+    if all(blob.kind != PIXELS for blob in view.blobs(page.number)):  # a copy was made while its file was damaged
+        raise PageCorrupted(f"page {handle(page.number)} has no picture any more: forget it", page.number)
+    return view.blob(page.number, PIXELS)
+
+
+def picture(view: View, page: StoredPage, tier: Tier, optics: Optics) -> bytes:
+    """The file of a page's picture at a tier.  Raises PageCorrupted."""
+    for blob in view.blobs(page.number):
+        if blob.kind == SHOWN and blob.tier == tier.name:
+            return view.blob(page.number, SHOWN)
+    content = _sharp(view, page)
+    pixels = from_png(content)
+    return content if pixels.shape[0] <= tier.side else as_png(optics.at(pixels, tier))
+
+
+# --- contact sheets -----------------------------------------------------------------------------------------------------------
+
+
+def draw_sheets(change: Transaction, optics: Optics, numbers: Iterable[int] = (), *, anew: Iterable[int] = ()) -> list[str]:
+    """Draws the contact sheets that are shown and are not as they should be, and those of these numbers.
+
+    A sheet shows all pages of its numbers that there are, at whatever tier they are shown: it changes as seldom as can be.
+    """
+    at = optics.ladder.sheet
+    if at is None:
+        return []
+    pages: dict[int, list[StoredPage]] = {}
+    shown = set(numbers)
+    for page in change.pages():
+        number = sheet_of(page.number - 1, optics.ladder.sheet_pages)
+        pages.setdefault(number, []).append(page)
+        if page.tier == optics.ladder.tiers[at].name:
+            shown.add(number)
+    notes: list[str] = []
+    for number in sorted(shown & pages.keys()):
+        if number in anew or not _is_drawn(change, pages[number]):
+            notes += _draw_sheet(change, pages[number], optics)
+    return notes
+
+
+def _is_drawn(view: View, pages: Sequence[StoredPage]) -> bool:
+    names = {blob.name for page in pages for blob in view.blobs(page.number) if blob.kind == SHEET}
+    return len(names) == 1 and {blob.page for blob in view.pages_on(names.pop())} == {page.number for page in pages}
+
+
+def _draw_sheet(change: Transaction, pages: Sequence[StoredPage], optics: Optics) -> list[str]:
+    assert optics.ladder.sheet is not None
+    tier, count = optics.ladder.tiers[optics.ladder.sheet], optics.ladder.sheet_pages
+    places: list[Pixels | None] = [None] * count
+    notes = []
+    for page in pages:
+        try:
+            places[(page.number - 1) % count] = pixels_of(change, page)
+        except PageCorrupted as damage:
+            notes.append(str(damage))
+    content = as_png(sheet_of_pages(places, tier, optics.ladder.size))
+    for page in pages:
+        change.put_blob(page.number, SHEET, content, tier=tier.name, place=(page.number - 1) % count)
+    return notes
+
+
+def check_budget(budget: object) -> int:
+    """Raises InputError for what is none."""
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+        raise InputError(f"a budget is a whole number of tokens, at least 0, got {repr(budget)[:80]}")
+    return budget

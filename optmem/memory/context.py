@@ -1,0 +1,266 @@
+"""What a model is to see: the recent messages as text, older ones as pages, oldest first, within the budget."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from optmem.errors import PageCorrupted
+from optmem.memory.ageing import SHEET, Plan, Unit, picture
+from optmem.memory.details import handle
+from optmem.memory.drawing import handle_text
+from optmem.memory.messages import Message
+from optmem.memory.optics import Optics
+from optmem.memory.parts import shown
+from optmem.memory.providers import Item as GivenItem
+from optmem.memory.providers import Pages, Payload, Picture, payload
+from optmem.memory.receipt import Receipt
+from optmem.memory.records import StoredMessage
+from optmem.memory.view import View
+from optmem.pages.chat import label
+
+if TYPE_CHECKING:
+    from optmem.engine import VisionTokens
+
+
+@dataclass(frozen=True, slots=True)
+class TextItem:
+    """A message as text."""
+
+    seq: int  # its number, as `add` gave it
+    message: Message = field(repr=False)
+    tokens: int
+
+    @property
+    def content(self) -> bytes:
+        """What equal items have equal."""
+        return self.message.json.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class PageItem:
+    """A page, or several on one contact sheet, as a picture."""
+
+    pages: tuple[str, ...]  # what they are called: "p12"
+    messages: tuple[int, int]  # the first and the last that is on them
+    tier: str
+    png: bytes = field(repr=False)
+    width: int
+    height: int
+    facts: str = field(repr=False)  # said beside it: what it is called, and its factsheet
+    tokens: int
+    fidelity: float  # share of the characters that the model reads at this tier
+    run: int = 0  # pages of one run show the same groups
+    _encode: Callable[[bytes], VisionTokens] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def content(self) -> bytes:
+        """What equal items have equal."""
+        return self.png + self.facts.encode()
+
+    def vision_tokens(self) -> VisionTokens:
+        """The picture as the reader is fed it, encoded now."""
+        assert self._encode is not None
+        return self._encode(self.png)
+
+
+@dataclass(frozen=True, slots=True)
+class FactsItem:
+    """Of a page, its factsheet alone."""
+
+    page: str
+    messages: tuple[int, int]
+    text: str
+    tokens: int
+
+    @property
+    def content(self) -> bytes:
+        """What equal items have equal."""
+        return self.text.encode()
+
+
+Item = TextItem | PageItem | FactsItem
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A view of the memory."""
+
+    items: tuple[Item, ...]
+    budget: int
+    tokens: int  # of all items, as the reader counts them
+    receipt: Receipt  # what changed to make this of what was shown before
+    texts: dict[int, tuple[Message, ...]] = field(repr=False)  # of runs of pages whose messages are kept too
+
+    def digest(self, count: int | None = None) -> str:
+        """A hash over the first so many items, all of them where None: equal views have equal ones."""
+        digest = hashlib.sha256()
+        for item in self.items[:count]:
+            content = item.content
+            digest.update(f"{type(item).__name__} {len(content)}\n".encode() + content)
+        return digest.hexdigest()
+
+    def payload(self, reader: str = "openai", *, pictures: bool | None = None) -> Payload:
+        """The messages of a provider with the price of every choice, as `providers.payload` has it."""
+        return payload(list(self._given()), reader, pictures=pictures)
+
+    def messages(self, reader: str = "openai", *, pictures: bool | None = None) -> Any:
+        """The messages of a provider: "openai", "anthropic", "gemini", "qwen", or one of `pricing.READERS`.
+
+        pictures   None gives as pictures what costs less so, where the text is kept; True all pages, False none whose text is kept
+
+        For Anthropic and Gemini, whose instructions stand apart, see `payload(reader).body`.
+        """
+        body = self.payload(reader, pictures=pictures).body
+        return body.get("messages", body.get("contents"))
+
+    def _given(self) -> Iterator[GivenItem]:
+        run: list[PageItem] = []
+        for item in self.items:
+            if run and not (isinstance(item, PageItem) and item.run == run[0].run and item.run):
+                yield self._pages(run)
+                run = []
+            if isinstance(item, PageItem):
+                run.append(item)
+            elif isinstance(item, FactsItem):
+                yield Message.read({"role": "user", "content": item.text})
+            else:
+                yield item.message
+        if run:
+            yield self._pages(run)
+
+    def _pages(self, run: Sequence[PageItem]) -> Pages:
+        pictures = tuple(Picture(", ".join(item.pages), item.png, item.width, item.height, facts=item.facts) for item in run)
+        return Pages(pictures, self.texts.get(run[0].run, ()))
+
+    def __str__(self) -> str:
+        kinds = [f"{sum(isinstance(item, kind) for item in self.items)} {name}" for kind, name in _KINDS]
+        return f"{self.tokens:,} of {self.budget:,} tokens: {', '.join(kinds)}"
+
+
+_KINDS = ((TextItem, "messages as text"), (PageItem, "pictures of pages"), (FactsItem, "factsheets"))
+
+
+def show(
+    view: View,
+    plan: Plan,
+    optics: Optics,
+    budget: int,
+    *,
+    receipt: Receipt,
+    encode: Callable[[bytes], VisionTokens],
+) -> Context:
+    """The items of a plan."""
+    maker = _Maker(view, plan, optics, encode)
+    items = tuple(maker.items())
+    tokens = sum(item.tokens for item in items)
+    notes = (*receipt.notes, *maker.notes)
+    told = Receipt(receipt.budget, receipt.tokens_before, receipt.tokens_after, receipt.changes, notes)
+    return Context(items, budget, tokens, told, maker.texts)
+
+
+class _Maker:
+    def __init__(self, view: View, plan: Plan, optics: Optics, encode: Callable[[bytes], VisionTokens]) -> None:
+        self.view, self.plan, self.optics, self.encode = view, plan, optics, encode
+        self.notes: list[str] = []
+        self.texts: dict[int, tuple[Message, ...]] = {}
+        self._told: set[int] = set()  # messages that stand there as text
+        self._sheets: set[str] = set()
+
+    def items(self) -> Iterator[Item]:
+        for unit, choices in zip(self.plan.units, self.plan.choices, strict=True):
+            if unit.group is not None:
+                yield from self._texts(unit.group.stored)
+                continue
+            assert unit.page is not None
+            assert unit.details is not None
+            kind = self.optics.ladder.tiers[unit.tier].kind
+            cost = choices.tokens[unit.tier] or 0
+            if kind == "text":
+                seqs = [seq for seq, _, _ in unit.details.rows]
+                yield from self._texts(list(self.view.messages(min(seqs), max(seqs))), seqs)
+            elif kind == "page":
+                yield from self._page(unit, cost, choices.fidelity[unit.tier])
+            elif kind == "sheet":
+                yield from self._sheet(unit, cost, choices.fidelity[unit.tier])
+            elif kind == "facts":
+                text = handle_text(unit.number, unit.page.factsheet)
+                yield FactsItem(handle(unit.number), (unit.page.first, unit.page.last), text, cost)
+
+    def _texts(self, stored: Sequence[StoredMessage], seqs: Sequence[int] | None = None) -> Iterator[TextItem]:
+        for each in stored:
+            if each.seq in self._told or (seqs is not None and each.seq not in seqs) or each.content is None:
+                continue
+            self._told.add(each.seq)
+            message = Message.from_json(each.content, f"message {each.seq}")
+            yield TextItem(each.seq, _without_bytes(message) if seqs is not None else message, each.tokens)
+
+    def _page(self, unit: Unit, cost: int, fidelity: float) -> Iterator[PageItem]:
+        assert unit.page is not None
+        assert unit.details is not None
+        tier = self.optics.ladder.tiers[unit.tier]
+        try:
+            png = picture(self.view, unit.page, tier, self.optics)
+        except PageCorrupted as damage:
+            self.notes.append(str(damage))
+            return
+        self._keep_text(unit)
+        side = min(tier.side, unit.details.side or unit.page.width)
+        facts = handle_text(unit.number, unit.page.factsheet)
+        span = unit.page.first, unit.page.last
+        run = unit.details.run if unit.details.kind == "text" else 0
+        yield PageItem((handle(unit.number),), span, tier.name, png, side, side, facts, cost, fidelity, run, self.encode)
+
+    def _keep_text(self, unit: Unit) -> None:
+        """The messages of a run, where they are kept and all its pages are pictures."""
+        assert unit.details is not None
+        run = unit.details.run
+        if run in self.texts or unit.details.kind != "text":
+            return
+        same = [each for each in self.plan.units if each.details is not None and each.details.run == run]
+        same = [each for each in same if each.details is not None and each.details.kind == "text"]
+        kinds = {self.optics.ladder.tiers[each.tier].kind for each in same}
+        seqs = sorted({seq for each in same if each.details is not None for seq, _, _ in each.details.rows})
+        stored = [each for each in self.view.messages(seqs[0], seqs[-1]) if each.seq in seqs]
+        is_whole = kinds == {"page"} and all(each.content is not None for each in stored)
+        found = [_without_bytes(Message.from_json(each.content or "", f"message {each.seq}")) for each in stored if is_whole]
+        self.texts[run] = tuple(found)
+
+    def _sheet(self, unit: Unit, cost: int, fidelity: float) -> Iterator[PageItem]:
+        name = next((blob.name for blob in self.view.blobs(unit.number) if blob.kind == SHEET), None)
+        if name is None or name in self._sheets:
+            return
+        self._sheets.add(name)
+        tier = self.optics.ladder.tiers[unit.tier]
+        try:
+            png = self.view.blob(unit.number, SHEET)
+        except PageCorrupted as damage:
+            self.notes.append(str(damage))
+            return
+        pages = [self.view.page(blob.page) for blob in self.view.pages_on(name)]
+        span = min(page.first for page in pages), max(page.last for page in pages)
+        size = self.optics.ladder.size
+        handles = tuple(handle(page.number) for page in pages)
+        yield PageItem(handles, span, tier.name, png, size, size, "", cost, fidelity, 0, self.encode)
+
+
+def _without_bytes(message: Message) -> Message:
+    """A message whose pictures and documents are on pages: they are named in it."""
+    content = message.given.get("content")
+    if not isinstance(content, list):
+        return message
+    named = [_named(part) for part in content]
+    return message if named == content else Message.read({**message.given, "content": named})
+
+
+def _named(part: Any) -> Any:
+    if isinstance(part, dict) and part.get("type") == "tool_result" and isinstance(part.get("content"), list):
+        return part | {"content": [_named(inner) for inner in part["content"]]}
+    found = shown(part)
+    if isinstance(found, dict) and found is not part and re.fullmatch(r"[0-9a-f]{12}", str(found.get("uuid"))):
+        words = f"{found['type']}, not drawn on this page", found.get("title"), found["uuid"]
+        return {"type": "text", "text": label(*words).runs[0].text.rstrip("\n")}  # as it was counted, and as pages say it
+    return part
