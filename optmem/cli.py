@@ -13,7 +13,7 @@ from typing import Any, get_args
 import click
 from PIL import Image
 
-from optmem import __version__, env, reading_commands
+from optmem import __version__, env, memory_commands, reading_commands
 from optmem.config import Alphabet, Cell, Kind, PageConfig, Style
 from optmem.demo import LEGEND, ReadBack, read_all, run_demo, sample
 from optmem.demo_report import write_report
@@ -218,6 +218,7 @@ def save_report(read: list[ReadBack], folder: Path, checkpoint: str) -> Path:
 
 
 reading_commands.register(cli)
+memory_commands.register(cli)
 synth_command.register(cli)
 eval_command.register(cli)
 train_command.register(cli)

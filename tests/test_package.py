@@ -20,6 +20,7 @@ LAYERS = [
     {"engine"},
     {"memory"},
     {"train"},
+    {"memory_commands", "memory_input", "memory_output", "memory_report"},
     {"demo", "demo_report", "reading_commands", "reading_output", "testing", "cli", "__main__"},
 ]
 
