@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import log
@@ -42,8 +42,19 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(tick * step, 9) for tick in range(first, last + 1)]
 
 
-def line_chart(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: Axis, *, diagonal: bool = False) -> str:
-    """An SVG of some series, each sorted by x; one without points is left out."""
+def line_chart(
+    title: str,
+    series: Mapping[str, Sequence[Point]],
+    x: Axis,
+    y: Axis,
+    *,
+    diagonal: bool = False,
+    dashed: Container[str] = (),
+) -> str:
+    """An SVG of some series, each sorted by x; one without points is left out.
+
+    dashed   series whose lines have gaps, through which those that they cover are seen
+    """
     shown = {name: sorted(points) for name, points in series.items() if points}
     parts = [f'<text x="{LEFT}" y="20" font-size="14" font-weight="bold">{escape(title)}</text>', *_grid(x, y)]
     if diagonal:
@@ -53,7 +64,8 @@ def line_chart(title: str, series: Mapping[str, Sequence[Point]], x: Axis, y: Ax
     for number, ((name, points), end, label) in enumerate(zip(shown.items(), ends, labels, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
         placed = [_at(x, y, point) for point in points]
-        parts += [_polyline(placed, colour), *(_marker(number, at, colour) for at in placed), _name(name, end, label, colour)]
+        dash = "5 5" if name in dashed else ""
+        parts += [_polyline(placed, colour, dash), *(_marker(number, at, colour) for at in placed), _name(name, end, label, colour)]
     style = 'font-family="sans-serif" font-size="11" fill="#222"'
     paper = '<rect width="100%" height="100%" fill="white"/>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style}>{paper}{"".join(parts)}</svg>\n'

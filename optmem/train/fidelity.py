@@ -140,7 +140,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(counted) / len(counted) if counted else None
 
 
-def write(file: Path, content: str) -> None:
+def write(file: Path, content: str | bytes) -> None:
     """A file, complete or not at all, in a folder that is made where it is missing; half a character is written as "?".
 
     Raises OutputError where it cannot be written.
@@ -148,7 +148,7 @@ def write(file: Path, content: str) -> None:
     unfinished = file.with_name(f".{file.name}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(content, encoding="utf-8", errors="replace")
+        unfinished.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", errors="replace"))
         unfinished.replace(file)
     except OSError as error:
         raise OutputError(f"cannot write {file.name} to {file.parent}: {error.strerror or error}") from None
