@@ -14,6 +14,7 @@ import click
 from PIL import Image
 
 from optmem import __version__, env, memory_commands, reading_commands
+from optmem.bench import command as bench_command
 from optmem.config import Alphabet, Cell, Kind, PageConfig, Style
 from optmem.demo import LEGEND, ReadBack, read_all, run_demo, sample
 from optmem.demo_report import write_report
@@ -222,6 +223,7 @@ memory_commands.register(cli)
 synth_command.register(cli)
 eval_command.register(cli)
 train_command.register(cli)
+bench_command.register(cli)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ LAYERS = [
     {"memory"},
     {"train"},
     {"memory_commands", "memory_input", "memory_output", "memory_report"},
+    {"bench"},
     {"demo", "demo_report", "reading_commands", "reading_output", "testing", "cli", "__main__"},
 ]
 

@@ -1,0 +1,108 @@
+"""optmem itself as a method of the bench: a memory in a folder, asked as an agent asks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from optmem.bench.answers import Line
+from optmem.bench.histories import History, Question
+from optmem.bench.kept import Timing
+from optmem.engine import Engine
+from optmem.errors import InputError
+from optmem.memory.context import FactsItem, PageItem, TextItem
+from optmem.memory.memory import Memory
+from optmem.memory.policy import Policy
+from optmem.memory.recall import Hit
+from optmem.memory.settings import Index
+
+LIMIT = 5  # lines that a question brings: as many as tell an old value from a new one
+COLUMNS = 64  # characters on a row of a page
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Which memory."""
+
+    name: str
+    index: Index = "text"
+    has_facts: bool = True
+    keeps_sharp: bool = False  # False: nothing counts but what the budget shows
+
+
+FORMS = (
+    Form("optmem, disk", keeps_sharp=True),
+    Form("optical, disk", index="optical", keeps_sharp=True),
+    Form("optmem"),
+    Form("optmem, no facts", has_facts=False),
+    Form("optical", index="optical"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sure:
+    """A hit that was read, and whether it is exactly what stands there."""
+
+    confidence: float
+    is_exact: bool
+
+
+class Remembered:
+    """One memory.  Without its sharp pages, a hit on what the context does not show does not count: nothing of it was kept."""
+
+    def __init__(self, folder: Path, engine: Engine, history: History, form: Form, budget: int) -> None:
+        self.form, self.history = form, history
+        self.hits: list[Sure] = []
+        self.asking = Timing()
+        self.refused = 0  # questions that failed: they count as not answered
+        policy = Policy() if form.has_facts else Policy(facts=0)
+        self.memory = Memory.open(folder, engine, budget, policy=policy, index=form.index, keep_sharp=form.keeps_sharp)
+        self.first = self.memory.add(history.chat())[0]
+        context = self.memory.context()
+        self.tokens = context.tokens
+        self.tiers: dict[str, int] = {}
+        self._pages: set[str] = set()
+        self._texts: set[int] = set()
+        for item in context.items:
+            if isinstance(item, TextItem):
+                self._texts.add(item.seq)
+            elif isinstance(item, PageItem):
+                self._pages.update(item.pages)
+                self.tiers[item.tier] = self.tiers.get(item.tier, 0) + len(item.pages)
+            elif isinstance(item, FactsItem):
+                self._pages.add(item.page)
+                self.tiers["facts"] = self.tiers.get("facts", 0) + 1
+
+    def lines(self, question: Question) -> list[Line]:
+        """What it recalls."""
+        start = perf_counter()
+        try:
+            hits = self.memory.recall(question.query, limit=LIMIT)
+        except InputError:  # the engine takes a small page for one that has no such rows
+            self.refused += 1
+            hits = []
+        self.asking.add(perf_counter() - start, 1)
+        kept = [hit for hit in hits if self.form.keeps_sharp or self._is_kept(hit)]
+        self.hits += [Sure(hit.confidence, self._is_exact(hit)) for hit in kept if hit.source == "ocr"]
+        return [Line(hit.text, max(hit.messages) - self.first, hit.confidence, hit.facts) for hit in kept if hit.messages]
+
+    def _is_kept(self, hit: Hit) -> bool:
+        return hit.page in self._pages or any(seq in self._texts for seq in hit.messages)
+
+    def _is_exact(self, hit: Hit) -> bool:
+        """Also of a line that goes on over the edge of a page, of which a hit has one part: whole rows of it."""
+        said = hit.text
+        for seq in hit.messages:
+            number = seq - self.first
+            label = "[assistant]" if number % 2 else "[user]"
+            for line in (label, *self.history.messages[number]):
+                if said == line or (line.startswith(said) and said and len(said) % COLUMNS == 0):
+                    return True
+                if line.endswith(said) and said and (len(line) - len(said)) % COLUMNS == 0:
+                    return True
+        return False
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self.memory.close()
