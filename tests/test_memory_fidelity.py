@@ -161,7 +161,7 @@ def test_tokens_are_those_of_the_modes(config):
 
 
 def test_choices_of_a_page():
-    nano = ladder(nano_config(), NANO)
+    nano = ladder(nano_config(), NANO, measure="score")
     found = nano.choices(400, facts_tokens=9, facts_share=0.1)
     sharp, half, quarter = (NANO.at(512, side, "8x16").score for side in (512, 384, 256))
     assert found.tokens == (400, 82, 52, 30, 73, 9, 0)
@@ -172,10 +172,10 @@ def test_choices_of_a_page():
     assert ladder(nano_config(), NANO, sheet_pages=0).choices(400).is_measured
 
 
-def test_lines_may_be_what_counts():
-    found = ladder(nano_config(), NANO, measure="exact_lines", sheet_pages=0).choices(400)
+def test_lines_are_what_counts_where_they_were_counted():
+    found = ladder(nano_config(), NANO, sheet_pages=0).choices(400)
     assert found.fidelity[1:4] == tuple(NANO.at(512, side, "8x16").exact_lines for side in (512, 384, 256))
-    assert ladder(V1, ASSUMED, measure="exact_lines").choices(600) == ladder(V1, ASSUMED).choices(600)
+    assert ladder(V1, ASSUMED).choices(600) == ladder(V1, ASSUMED, measure="score").choices(600)
 
 
 def test_a_page_that_lost_its_pixels_has_no_sharper_view():

@@ -34,7 +34,7 @@ class Ladder:
     size: int  # pixels of the side at which pages are drawn
     cell: str  # width x height of a character on them
     sheet_pages: int
-    measure: Measure = "score"
+    measure: Measure = "exact_lines"
 
     def find(self, name: str) -> int:
         """The number of a tier.  Raises InputError where there is none of this name."""
@@ -100,14 +100,15 @@ def ladder(
     size: int | None = None,
     cell: str = "8x16",
     sheet_pages: int = SHEET_PAGES,
-    measure: Measure = "score",
+    measure: Measure = "exact_lines",
 ) -> Ladder:
     """The ladder of a model.
 
     size          pixels of the side at which pages are drawn; None is what the model's sharpest single view shows
     cell          width x height of a character on a page
     sheet_pages   pages on a contact sheet, a square number; 0 is a ladder without one
-    measure       what a page is to keep: "score", its characters, or "exact_lines"
+    measure       what a page is to keep: "exact_lines", which is what recall gives back, or "score", its characters: with half of
+                  them hardly a line is read, and by them a budget goes to pages of which nothing can be recalled
 
     Raises InputError for a model that sees a page in tiles alone, and a size that none of its views has.
     """
