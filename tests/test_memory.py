@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import optmem
 from optmem import Memory
 from optmem.errors import InputError, OptmemError, PageCorrupted, StoreBusyError, StoreError
 from optmem.memory.context import FactsItem, PageItem, TextItem
+from optmem.memory.drawing import MOST_PAGES, cut
 from optmem.memory.policy import Policy
 from optmem.memory.receipt import Receipt
 from optmem.pages import paginate
@@ -61,6 +63,18 @@ def history(memory, turns, every=5):
             memory.context()
     memory.context()
     return seqs
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=60), st.sampled_from([16, 32]))
+def test_no_page_is_drawn_for_the_end_of_a_text_alone(rows, page_rows):
+    groups = [SimpleNamespace(rows=count, reason=None, attachments=[], is_rest=False) for count in rows]
+    *closed, tail = cut(groups, page_rows)
+    assert [group for run in [*closed, tail] for group in run] == groups
+    for run in closed:
+        whole = sum(group.rows for group in run)
+        assert len(run) == 1 or whole % page_rows
+        assert sum(group.rows for group in run[:-1]) <= MOST_PAGES * page_rows
 
 
 # --- context ------------------------------------------------------------------------------------------------------------------
@@ -399,6 +413,17 @@ def test_pixels_may_age_too(engine, tmp_path):
         assert hit.source == "factsheet"
         assert key(1) in hit.text
         assert memory.verify().is_clean
+
+
+def test_small_pictures_are_read_without_a_fault(engine, tmp_path):
+    """Of some a glance is sure that they have fewer rows than are asked for.  What is read surely is right."""
+    with Memory.open(tmp_path / "m", engine=engine, budget=600, keep_sharp=False) as memory:
+        history(memory, 14)
+        for number in range(14):
+            hits = memory.recall(said_of(number), limit=2)
+            assert all(key(number) in hit.text for hit in hits[:1] if hit.confidence >= 0.9)
+        for page in range(1, memory.stats().counts.pages + 1):
+            assert memory.read(f"p{page}").confidence <= 1
 
 
 def test_hits_of_the_sharp_tier_are_as_sure_as_they_say(engine, tmp_path):

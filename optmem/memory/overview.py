@@ -15,7 +15,7 @@ from optmem.memory.details import handle, side_of
 from optmem.memory.fidelity import Fidelity
 from optmem.memory.ladder import sheet_of
 from optmem.memory.optics import Optics, as_png, from_png
-from optmem.memory.reading import END, _tier
+from optmem.memory.reading import END, tier_of_side
 from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredPage
 from optmem.memory.settings import NAME, Settings, State
@@ -190,7 +190,7 @@ def _cut(view: View, page: StoredPage, tier: Tier) -> bytes:
 def _recalled(view: View, pages: list[StoredPage], optics: Optics) -> Iterator[Recalled]:
     by_rows = optics.engine.model.config.family == "nano"
     for page in nlargest(MOST_RECALLED, (page for page in pages if page.hits), key=lambda page: (page.hits, page.last_hit or 0)):
-        found = view.readings(page.number, _tier(side_of(page)))
+        found = view.readings(page.number, tier_of_side(side_of(page)))
         text = "".join(reading.text for row, reading in sorted(found.items()) if row != END)
         lines = (read_symbols(text) if by_rows else text).splitlines()
         yield Recalled(page, tuple([line[:MOST_CHARACTERS] for line in lines if line.strip()][:MOST_LINES]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from optmem.memory.view import View
 from optmem.pages import read_symbols
 
 if TYPE_CHECKING:
-    from optmem.engine import VisionTokens
+    from optmem.engine import Completion, VisionTokens
 
 ENCODED_AT_ONCE = 32  # pages
 
@@ -86,7 +86,7 @@ class PageReader:
             if self._transaction is not None and numbered:
                 with self._transaction() as change:
                     for number, tokens in numbered.items():
-                        change.put_blob(number, TOKENS, tokens.to_bytes(int8=True), tier=_tier(tokens.mode.size))
+                        change.put_blob(number, TOKENS, tokens.to_bytes(int8=True), tier=tier_of_side(tokens.mode.size))
             found |= numbered
         return found
 
@@ -133,18 +133,20 @@ class PageReader:
 
     def _known(self, page: StoredPage, rows: range) -> dict[int, Reading] | None:
         with self._snapshot() as view:
-            readings = view.readings(page.number, _tier(side_of(page)))
+            readings = view.readings(page.number, tier_of_side(side_of(page)))
         if self._by_rows and rows:
             return readings if all(row in readings for row in rows) else None
         return readings if -1 in _whole(readings) else None
 
     def _read(self, page: StoredPage, rows: range, tokens: VisionTokens) -> dict[int, Reading]:
         """Reads rows, or the whole page where there are none, and keeps what was read."""
-        (done,) = self.optics.engine.decode([tokens], rows=list(rows) if rows and self._by_rows else None)
+        done = self._decode(tokens, rows)
         if self._by_rows:
             said = [*done.row_symbols, *[""] * len(done.rows)]  # a row below the text says nothing
             pairs = zip(done.rows, said, strict=False)
             readings = [Reading(row.number, symbols, _all_right(row.probabilities)) for row, symbols in pairs]
+            read = {reading.row for reading in readings}
+            readings += [Reading(row, "", 0.0) for row in rows if row not in read]
         else:
             share = done.confidence
             readings = [Reading(number, line, share) for number, line in enumerate(done.text.splitlines(keepends=True))]
@@ -152,8 +154,16 @@ class PageReader:
             readings.append(Reading(END, "", 1.0))
         if self._transaction is not None:
             with self._transaction() as change:
-                change.put_readings(page.number, _tier(side_of(page)), readings)
+                change.put_readings(page.number, tier_of_side(side_of(page)), readings)
         return {reading.row: reading for reading in readings}
+
+    def _decode(self, tokens: VisionTokens, rows: range) -> Completion:
+        """The rows; or all of the page, where a glance is sure that it has fewer, as of a small picture it wrongly may be."""
+        engine = self.optics.engine
+        if rows and self._by_rows:
+            with suppress(InputError):
+                return engine.decode([tokens], rows=list(rows))[0]
+        return engine.decode([tokens])[0]
 
 
 END = 1 << 20  # a row that says that a page was read to its end
@@ -163,7 +173,7 @@ def _whole(readings: dict[int, Reading]) -> set[int]:
     return {-1} if END in readings else set()
 
 
-def _tier(side: int) -> str:
+def tier_of_side(side: int) -> str:
     return f"side-{side}"
 
 
