@@ -8,7 +8,6 @@ from optmem.ops.decoding import (
     PAGE_UNIT,
     CacheScales,
     add_rms_norm,
-    linear_rows,
     paged_attention,
     rms_norm,
     rope_cache,
@@ -16,7 +15,7 @@ from optmem.ops.decoding import (
 )
 from optmem.ops.drawing import MAX_SIDE, draw_text, resample
 from optmem.ops.experts import ExpertScales, Routing, expert_mlp, route
-from optmem.ops.linear import Activation, linear
+from optmem.ops.linear import Activation, linear, linear_rows
 from optmem.ops.norm import layer_norm
 from optmem.ops.picking import pick_token
 from optmem.ops.registry import Implementation, implementations

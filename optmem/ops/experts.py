@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optmem import reference
 from optmem.errors import InputError
-from optmem.ops.decoding import linear_rows_cpu
+from optmem.ops.linear import linear_rows_cpu
 from optmem.ops.registry import (
     as_array,
     as_input_error,

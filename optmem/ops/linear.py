@@ -1,4 +1,4 @@
-"""The linear layers of the vision encoders, with the function that follows them."""
+"""Linear layers: those of the vision encoders with the function that follows them, and the decoder's, row by row."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from optmem import reference
+from optmem.errors import InputError
 from optmem.native import native
 from optmem.ops.registry import (
     Implementation,
     as_array,
     check,
+    check_float,
     check_like,
     check_same_kind,
+    check_weights,
     cpp_for,
+    cpp_or_reference,
     described,
     is_training,
     library,
@@ -97,3 +101,52 @@ def _served_on_cuda() -> Implementation:
 
 
 described.append(_served_on_cuda)
+
+
+# --- linear_rows ----------------------------------------------------------------------------------------------------------------
+
+library.define("linear_rows(Tensor x, Tensor weight, ScalarType dtype, Tensor? scales=None) -> Tensor")
+
+
+def linear_rows(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, scales: Tensor | None = None) -> Tensor:
+    """x weight^T, summed in fp32; on CPU a row's result does not depend on the other rows, bit for bit.
+
+    x       [T, in]     weight  [out, in] of the same type, or of int8 with scales
+    dtype               of the result: x's own, or torch.float32
+    scales  fp32 [out]  what a row of int8 is multiplied by
+    -> [T, out]
+
+    On a CPU with products of 16-bit integers, bf16 tokens meet int8 as such: up to 8,192 columns what is smaller than a 128th of a
+    row's largest number is rounded to 2^-14 of it or less, and a row that holds an infinity gives NaN.
+    """
+    check_float("linear_rows", "x", x, 2)
+    if weight.dim() != 2:
+        raise InputError(f"linear_rows: weight must be [out, {x.shape[1]}], got {list(weight.shape)}")
+    shape = [weight.shape[0], x.shape[1]]
+    check_weights("linear_rows", x, {"weight": (weight, shape)}, {} if scales is None else {"scales": (scales, shape[:1])})
+    dtype = dtype or x.dtype
+    if dtype not in (x.dtype, torch.float32):
+        raise InputError(f"linear_rows: dtype must be {x.dtype} or torch.float32, got {dtype}")
+    rows: Tensor = torch.ops.optmem.linear_rows(x, weight, dtype, scales)
+    return rows
+
+
+@torch.library.impl(library, "linear_rows", "CPU")
+def linear_rows_cpu(x: Tensor, weight: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+    cpu = cpp_for(x)
+    if cpu is None:
+        return reference.linear_rows(x, weight, dtype, scales)
+    out: Tensor = _linear_rows_fake(x, weight, dtype, scales)
+    matrix = (weight,) if scales is None else (weight, scales)
+    cpu.linear_rows(as_array(x), *map(as_array, matrix), as_array(out), torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("optmem::linear_rows")
+def _linear_rows_fake(x: Tensor, weight: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+torch.library.impl(library, "linear_rows", "CUDA")(reference.linear_rows)
+described.append(cpp_or_reference("linear_rows"))
+described.append(lambda: Implementation("linear_rows", "cuda", "reference", "cuBLAS is already good"))
