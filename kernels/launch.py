@@ -295,12 +295,14 @@ def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool, is_8bit: bool =
     """
     row = power_of_two(max(16, head_dim)) * itemsize  # bytes
     if not is_prompt:
-        keys = 16 if itemsize == 4 else max(16, min(64, 8192 // row))  # plain FMAs spill with more
+        keys = (
+            16 if itemsize == 4 else max(16, min(32 if row >= 128 else 64, 8192 // row))
+        )  # plain FMAs, and heads of 64, spill with more
         return PagedTile(PAGED_FEW, keys, num_warps=4, num_stages=3)
     return PagedTile(
         64 if itemsize == 2 and row <= 256 else 16,
         max(16, min(32 if is_8bit else 64, 16384 // row)),
-        8 if is_8bit else 4,
+        8 if is_8bit or row == 256 else 4,  # 64 keys of 128 channels spill on sm_80 in four
         num_stages=3,
     )
 
