@@ -294,7 +294,8 @@ def read(path: str, pages: Sequence[str], read_only: bool, model: str, device: s
         print_json([describe_hit(hit) for hit in hits])
         return
     for hit in hits:
-        click.echo(hit.text, nl=not hit.text.endswith("\n"))
+        text = clean(hit.text) if sys.stdout.isatty() else hit.text  # a file or a pipe gets it as it is
+        click.echo(text, nl=not text.endswith("\n"), color=True)
 
 
 # --- what is kept, and what is not --------------------------------------------------------------------------------------------

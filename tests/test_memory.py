@@ -588,6 +588,25 @@ def test_all_can_be_forgotten(engine, tmp_path):
 # --- the rest -----------------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_refused_leaves_no_memory_behind(tmp_path):
+    wrong = ({"policy": {"keep": 2}}, {"index": "foo"}, {"budget": -1}, {"budget": "9"}, {"engine": "nano"})
+    for number, given in enumerate(wrong):
+        with pytest.raises(InputError, match=r"policy|index|budget|engine"):
+            Memory.open(tmp_path / f"m{number}", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_odd_selectors_and_weights_are_refused(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine) as memory:
+        memory.add(turn(1))
+        for selector in (None, 1.5, slice(2, 4), [], [None], "p9"):
+            with pytest.raises(InputError, match=r"messages are meant|nothing was selected|no message|no page"):
+                memory.forget(selector)
+        for weight in (-3, float("nan"), "x"):
+            with pytest.raises(InputError, match="a weight"):
+                memory.weigh(1, weight)
+
+
 def test_messages_that_cannot_be_kept_are_refused_whole(engine, tmp_path):
     with Memory.open(tmp_path / "m", engine=engine) as memory:
         for wrong in (

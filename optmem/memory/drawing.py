@@ -123,6 +123,17 @@ def cut(groups: Iterable[Group], page_rows: int) -> Iterator[list[Group] | Group
     yield run
 
 
+def behind(state: State, done: list[Group] | Group) -> State:
+    """Where the history is once this is on pages, or stays text."""
+    groups = [done] if isinstance(done, Group) else done
+    last = groups[-1]
+    count = max(state.groups, last.number + 1)
+    kept = state.kept
+    if isinstance(done, Group):
+        kept = (*kept, (done.stored[0].seq, done.number))
+    return replace(state, drawn=last.stored[-1].seq, groups=count, kept=kept)
+
+
 # --- drawing ------------------------------------------------------------------------------------------------------------------
 
 

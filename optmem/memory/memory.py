@@ -27,7 +27,7 @@ from optmem.memory.archive import Exported, export, restore
 from optmem.memory.check import Verified
 from optmem.memory.context import Context, show
 from optmem.memory.details import RECALLS, Details, handle
-from optmem.memory.drawing import AT_ONCE, Group, cut, draw_runs, keep_runs, read_groups, rows_of
+from optmem.memory.drawing import AT_ONCE, Group, behind, cut, draw_runs, keep_runs, read_groups, rows_of
 from optmem.memory.forgetting import Forgetting, Forgotten, names
 from optmem.memory.grep import Grep
 from optmem.memory.messages import Message, read_messages
@@ -36,7 +36,7 @@ from optmem.memory.policy import Policy
 from optmem.memory.reading import PageReader
 from optmem.memory.recall import Answers, Hit, check_query, search_lines
 from optmem.memory.receipt import Receipt
-from optmem.memory.records import StoredPage
+from optmem.memory.records import StoredPage, check_number
 from optmem.memory.selecting import Selector, find_page, select
 from optmem.memory.settings import NAME, STATE, Index, Settings, State
 from optmem.memory.stats import Stats, stats_of
@@ -96,7 +96,10 @@ class Memory(AsyncTwins):
         """
         if mode not in ("write", "read"):
             raise InputError(f"a memory is opened to 'write' or to 'read', got {repr(mode)[:80]}")
+        if engine is not None and not hasattr(engine, "encoder_fingerprint"):
+            raise InputError(f"engine must be an Engine, or None for nano, got {type(engine).__name__}")
         given = {"budget": budget, "archive": archive, "policy": policy, "index": index, "keep_sharp": keep_sharp}
+        Settings().changed(given)  # before anything is made: what is refused leaves no memory behind
         opened = Reader.open(path) if mode == "read" else Store.open(path, create=create)
         try:
             settings = _settings(opened, given)
@@ -238,7 +241,7 @@ class Memory(AsyncTwins):
             drawn, wrong = draw_runs([each for each in found if isinstance(each, list)], self.optics, self.settings)
             notes += wrong
             for each in found:
-                state = _behind(state, each)
+                state = behind(state, each)
             if found:
                 with self._writing() as change:
                     keep_runs(change, drawn, self.optics)
@@ -352,6 +355,9 @@ class Memory(AsyncTwins):
 
     def weigh(self, selector: Selector, weight: float) -> list[int]:
         """Makes pages that show these messages count as much more, or less, as the weight says; 1 is as they were."""
+        check_number(weight, "a weight")
+        if weight < 0:
+            raise InputError(f"a weight is a number, at least 0, got {repr(weight)[:80]}")
         with self._turn, self._writing() as change:
             seqs = select(change, selector)
             for number in sorted({number for seq in seqs for number in change.pages_showing(seq, seq)}):
@@ -467,17 +473,6 @@ def _settings(opened: Store | Reader, given: Mapping[str, Any]) -> Settings:
 
 def _all_messages(given: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, Message) for each in given)
-
-
-def _behind(state: State, done: list[Group] | Group) -> State:
-    """Where the history is once this is on pages, or stays text."""
-    groups = [done] if isinstance(done, Group) else done
-    last = groups[-1]
-    count = max(state.groups, last.number + 1)
-    kept = state.kept
-    if isinstance(done, Group):
-        kept = (*kept, (done.stored[0].seq, done.number))
-    return replace(state, drawn=last.stored[-1].seq, groups=count, kept=kept)
 
 
 def _with_text(view: View, state: State) -> Iterator[Any]:

@@ -29,7 +29,11 @@ def find_page(view: View, name: object) -> StoredPage:
 
 def select(view: View, selector: Selector) -> list[int]:
     """The numbers of the messages that are meant, in order.  Raises InputError where there are none, or no such message or page."""
-    each = [selector] if isinstance(selector, int | str) else list(selector)
+    try:
+        each = [selector] if isinstance(selector, int | str) else list(selector)
+    except TypeError:
+        given = type(selector).__name__
+        raise InputError(f"messages are meant by a number, a page's name such as 'p12', or several of these, got {given}") from None
     seqs: set[int] = set()
     for one in each:
         if isinstance(one, str):
