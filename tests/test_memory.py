@@ -590,9 +590,9 @@ def test_all_can_be_forgotten(engine, tmp_path):
 
 def test_what_is_refused_leaves_no_memory_behind(tmp_path):
     wrong = ({"policy": {"keep": 2}}, {"index": "foo"}, {"budget": -1}, {"budget": "9"}, {"engine": "nano"})
-    for number, given in enumerate(wrong):
+    for number, asked in enumerate(wrong):
         with pytest.raises(InputError, match=r"policy|index|budget|engine"):
-            Memory.open(tmp_path / f"m{number}", **given)
+            Memory.open(tmp_path / f"m{number}", **asked)
     assert not list(tmp_path.iterdir())
 
 
