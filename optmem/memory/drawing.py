@@ -112,7 +112,8 @@ def cut(groups: Iterable[Group], page_rows: int) -> Iterator[list[Group] | Group
             run, rows = [], 0
             continue
         place = -(-(rows + 1) // page_rows) * page_rows - 1  # the end of the text has a row: it would get a page of its own
-        if run and rows + group.rows > place and (place - rows <= FREE or place >= MOST_PAGES * page_rows - 1):
+        is_full = rows + group.rows > place and (place - rows <= FREE or place >= MOST_PAGES * page_rows - 1)
+        if run and is_full and rows % page_rows:
             yield run
             run, rows = [], 0
         run.append(group)
