@@ -21,10 +21,13 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from optmem import ops, reference
+from optmem.engine.buckets import table_bucket
+from optmem.model.cache import GONE
 
 BATCHES = (1, 8, 64, 256, 1024)
 CONTEXTS = (300, 800, 1300)
 CHECKED = 4  # rows or sequences that are compared with fp64
+MOST_PAGES = 512  # of a text: 8,192 tokens
 EPS = 1e-6
 GUARD = (20, 50)  # the n-gram guard of the family's scripts
 
@@ -124,13 +127,14 @@ def paged(rows: int, context: int, device: torch.device, sizes: Sizes) -> Case:
     shape = (rows * entries, sizes.page, sizes.heads, dim)
     keys, values = (noise(device, *shape, seed=seed).to(sizes.dtype) for seed in (1, 2))
     queries = noise(device, rows, sizes.heads, dim).to(sizes.dtype)
-    table = torch.randperm(rows * entries, device=device).int().view(rows, entries)
+    table = torch.full((rows, table_bucket(entries, MOST_PAGES)), GONE, dtype=torch.int32, device=device)  # as the engine has it
+    table[:, :entries] = torch.randperm(rows * entries, device=device).int().view(rows, entries)
     told = [torch.arange(rows + 1, device=device), *(torch.full((rows,), count, device=device) for count in (context, context))]
     run = partial(ops.paged_attention, queries, keys, values, table, *told, None, dim**-0.5)
     few = min(rows, CHECKED)
 
     def check() -> Errors:
-        seen = table[:few].flatten().long()
+        seen = table[:few, :entries].flatten().long()
         renamed = torch.arange(few * entries, device=device).int().view(few, entries)
         inputs = (queries[:few], keys[seen], values[seen], renamed, told[0][: few + 1], told[1][:few], told[2][:few], 0, dim**-0.5)
         return compare(run()[:few], reference.paged_attention(*inputs), reference.paged_attention(*doubled(inputs)))
