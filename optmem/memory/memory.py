@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 from optmem.errors import InputError, StoreError
 from optmem.memory.adding import new_messages
 from optmem.memory.ageing import Plan, Planner, apply, check_budget
-from optmem.memory.aio import AsyncTwins
+from optmem.memory.aio import twin
 from optmem.memory.archive import Exported, export, restore
 from optmem.memory.check import Verified
 from optmem.memory.context import Context, show
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 Given = Mapping[str, Any] | Message
 
 
-class Memory(AsyncTwins):
+class Memory:
     """An open memory, usable from any thread; one call at a time, the others wait."""
 
     def __init__(self, opened: Store | Reader, settings: Settings, optics: Optics) -> None:
@@ -429,6 +429,11 @@ class Memory(AsyncTwins):
         """Looks at everything: the database, the index, every checksum, and for texts or bytes that must not be anywhere."""
         with self._turn:
             return self._writer().verify(needles)
+
+    # Each `await`ed in a thread
+    aadd, acontext, arecall, aread, aage = twin(add), twin(context), twin(recall), twin(read), twin(age)
+    apin, aunpin, aweigh, aforget, aexport = twin(pin), twin(unpin), twin(weigh), twin(forget), twin(export)
+    astats, areceipts, averify = twin(stats), twin(receipts), twin(verify)
 
     def close(self) -> None:
         """Lets go of the memory; a second time does nothing.  The engine is the caller's."""
