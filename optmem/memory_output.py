@@ -57,7 +57,8 @@ def _head(item: Item) -> str:
     if isinstance(item, FactsItem):
         return f"facts of {item.page}, {span(*item.messages)}, {cost}"
     what = f"{', '.join(item.pages)}, {span(*item.messages)}"
-    return f"{what}, {item.tier} at {item.width} x {item.height} pixels, {cost}, {item.fidelity:.1%} can be read"
+    read = "not drawn by optmem" if item.fidelity is None else f"{item.fidelity:.1%} of lines can be read exactly"
+    return f"{what}, {item.tier} at {item.width} x {item.height} pixels, {cost}, {read}"
 
 
 def _text(item: Item) -> str:
@@ -96,8 +97,8 @@ def describe_context(context: Context, files: dict[int, str]) -> Json:
 def describe_payload(context: Context, reader: str, payload: Payload) -> Json:
     """What a request costs at its provider, as JSON, with its body."""
     prices = [
-        {"image_tokens": price.image_tokens, "text_tokens": price.text_tokens, "as_picture": price.is_worth_it}
-        for price in payload.prices
+        {"image_tokens": price.image_tokens, "text_tokens": price.text_tokens, "as_picture": is_shown}
+        for price, is_shown in zip(payload.prices, payload.pictured, strict=True)
     ]
     told = {
         "reader": find_reader(reader).name,
@@ -115,16 +116,18 @@ def provider_tokens(context: Context, reader: str, payload: Payload) -> int:
             tokens += image_tokens(reader, item.width, item.height) + estimate_tokens(item.facts)
         else:
             tokens += item.tokens
-    return tokens - sum(price.image_tokens - price.text_tokens for price in payload.prices if not price.is_worth_it)
+    as_text = (price for price, is_shown in zip(payload.prices, payload.pictured, strict=True) if not is_shown)
+    return tokens + sum(price.text_tokens - price.image_tokens for price in as_text)
 
 
 def show_cost(context: Context, reader: str, payload: Payload) -> str:
     """For people: what it costs, and what pictures save where the text is there too."""
     lines = [str(context), f"about {provider_tokens(context, reader, payload):,} tokens at {find_reader(reader).name}"]
     if payload.prices:
-        runs, pictures = len(payload.prices), sum(price.is_worth_it for price in payload.prices)
-        told = f"of {plural(runs, 'run')} of pages whose text is kept {pictures:,} are cheaper as pictures"
-        lines.append(f"{told}, which saves {payload.saved:,} tokens")
+        cheaper = sum(price.is_worth_it for price in payload.prices)
+        lines.append(f"of {plural(len(payload.prices), 'run')} of pages whose text is kept {cheaper:,} are cheaper as pictures")
+        change = f"saves {payload.saved:,}" if payload.saved >= 0 else f"costs {-payload.saved:,} more"
+        lines.append(f"{sum(payload.pictured):,} of them are given so, which {change} tokens")
     return "\n".join([*lines, clean(str(context.receipt))])
 
 
@@ -138,7 +141,7 @@ def show_hit(hit: Hit) -> str:
     where = f"{hit.page}, {rows}" if hit.page else rows.replace("row", "line")
     shown = ", ".join(map(str, hit.messages))
     said = f"{where}, message {shown}, {hit.source}, confidence {hit.confidence:.3f}"
-    if hit.source != "verbatim":
+    if hit.source != "verbatim" and hit.fidelity is not None:
         said += f", {hit.fidelity:.1%} of such lines are exact"
     return "\n".join([clean(hit.text), *(f"  {each}" for each in _beside(hit, said))])
 

@@ -247,6 +247,11 @@ def _scaled(page: Pixels, height: int, width: int) -> tuple[int, int]:
 # --- pixels -------------------------------------------------------------------------------------------------------------------
 
 
+def resized(image: object, height: int, width: int) -> Pixels:
+    """A picture at another size, as `resample` makes it: [height, width] or [height, width, 3]."""
+    return _to_pixels(_resize(_to_tensor(as_image(image)), height, width))
+
+
 def image_id(image: object) -> str:
     """The identity of a picture: a SHA-256 over its shape and its pixels, in hexadecimal."""
     pixels = as_image(image)

@@ -22,6 +22,8 @@ from optmem.errors import InputError, OptmemError, PageCorrupted, StoreBusyError
 from optmem.memory.context import FactsItem, PageItem, TextItem
 from optmem.memory.drawing import cut
 from optmem.memory.policy import Policy
+from optmem.memory.pricing import READERS, best_size
+from optmem.memory.providers import Pages
 from optmem.memory.receipt import Receipt
 from optmem.pages import paginate
 from optmem.text.count import estimate_tokens
@@ -286,6 +288,21 @@ def test_budgets_of_others_age_nothing(engine, tmp_path):
         assert not memory.receipts()
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_pictures_are_no_larger_than_a_provider_sees_them(engine, tmp_path, reader):
+    with Memory.open(tmp_path / "m", engine=engine, budget=700) as memory:
+        history(memory, 12)
+        view = memory.context()
+        shown = [item for item in view.items if isinstance(item, PageItem)]
+        sent = [picture for given in view._given(reader) if isinstance(given, Pages) for picture in given.pictures]
+        assert [(picture.width, picture.height) for picture in sent] == [
+            best_size(reader, item.width, item.height) for item in shown
+        ]
+        for picture, item in zip(sent, shown, strict=True):
+            assert Image.open(io.BytesIO(picture.png)).size == (picture.width, picture.height)
+            assert (picture.png == item.png) == (picture.width == item.width)
+
+
 def test_what_cannot_fit_is_said(engine, tmp_path):
     with Memory.open(tmp_path / "m", engine=engine, budget=100) as memory:
         memory.add({"role": "system", "content": said(1, 300)})
@@ -306,7 +323,12 @@ def test_the_saving_is_priced(engine, tmp_path):
         for price in found.prices:
             assert price.is_worth_it == (price.image_tokens < price.text_tokens)
         assert found.saved == sum(price.saved for price in found.prices if price.is_worth_it)
-        as_pictures = view.payload("anthropic", pictures=True).to_json()
+        assert found.pictured == tuple(price.is_worth_it for price in found.prices)
+        drawn, told = view.payload("anthropic", pictures=True), view.payload("anthropic", pictures=False)
+        assert drawn.saved == sum(price.saved for price in found.prices)
+        assert told.saved == 0
+        assert (set(drawn.pictured), set(told.pictured)) == ({True}, {False})
+        as_pictures = drawn.to_json()
         assert as_pictures.count(b'"image"') >= found.to_json().count(b'"image"')
         assert b'"image"' not in view.payload("anthropic", pictures=False).to_json()
 
@@ -464,6 +486,10 @@ def test_pictures_are_pages_and_are_read(engine, tmp_path):
         assert b"not drawn on this page" in view.items[0].content
         (hit,) = memory.recall("invoice number", limit=1)
         assert (hit.text, hit.source, hit.messages) == ("invoice number 7731-A", "ocr", (seq,))
+        assert pictures[0].fidelity is None  # nobody measured how others' pictures are read
+        assert hit.fidelity is None
+        assert "nano reads only pages that optmem draws" in hit.note
+        assert memory.read(pictures[0].pages[0]).note == hit.note
         assert memory.recall("1,250.00", limit=1)[0].text == "total of 1,250.00 EUR"
 
 
@@ -729,6 +755,11 @@ def test_async_twins(engine, tmp_path):
             view = await memory.acontext()
             hits = await memory.arecall("Turn 3", limit=1)
             stats, report = await memory.astats(), await memory.averify()
+            assert await memory.aweigh(2, 1.5) == [2]
+            pinned = await memory.apin(1)
+            assert await memory.aunpin(1) == pinned
+            await memory.aexport(tmp_path / "m.tar")
+            assert [str(each) for each in await memory.areceipts()] == [str(each) for each in memory.receipts()]
             done = await memory.aforget(await memory.apin(1))
             return view, hits, stats, report, done
 

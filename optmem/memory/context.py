@@ -13,14 +13,16 @@ from optmem.memory.ageing import SHEET, Plan, Unit, picture
 from optmem.memory.details import handle
 from optmem.memory.drawing import handle_text
 from optmem.memory.messages import Message
-from optmem.memory.optics import Optics
+from optmem.memory.optics import Optics, as_png, from_png
 from optmem.memory.parts import shown
+from optmem.memory.pricing import best_size
 from optmem.memory.providers import Item as GivenItem
 from optmem.memory.providers import Pages, Payload, Picture, payload
 from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredMessage
 from optmem.memory.view import View
 from optmem.pages.chat import label
+from optmem.pixels import resized
 
 if TYPE_CHECKING:
     from optmem.engine import VisionTokens
@@ -52,7 +54,7 @@ class PageItem:
     height: int
     facts: str = field(repr=False)  # said beside it: what it is called, and its factsheet
     tokens: int
-    fidelity: float  # share of the characters that the model reads at this tier
+    fidelity: float | None  # share of its lines that the model reads exactly at this tier, facts counted; None of others' pictures
     run: int = 0  # pages of one run show the same groups
     _encode: Callable[[bytes], VisionTokens] | None = field(default=None, repr=False, compare=False)
 
@@ -105,7 +107,7 @@ class Context:
 
     def payload(self, reader: str = "openai", *, pictures: bool | None = None) -> Payload:
         """The messages of a provider with the price of every choice, as `providers.payload` has it."""
-        return payload(list(self._given()), reader, pictures=pictures)
+        return payload(list(self._given(reader)), reader, pictures=pictures)
 
     def messages(self, reader: str = "openai", *, pictures: bool | None = None) -> Any:
         """The messages of a provider: "openai", "anthropic", "gemini", "qwen", or one of `pricing.READERS`.
@@ -117,11 +119,11 @@ class Context:
         body = self.payload(reader, pictures=pictures).body
         return body.get("messages", body.get("contents"))
 
-    def _given(self) -> Iterator[GivenItem]:
+    def _given(self, reader: str) -> Iterator[GivenItem]:
         run: list[PageItem] = []
         for item in self.items:
             if run and not (isinstance(item, PageItem) and item.run == run[0].run and item.run):
-                yield self._pages(run)
+                yield self._pages(run, reader)
                 run = []
             if isinstance(item, PageItem):
                 run.append(item)
@@ -130,15 +132,22 @@ class Context:
             else:
                 yield item.message
         if run:
-            yield self._pages(run)
+            yield self._pages(run, reader)
 
-    def _pages(self, run: Sequence[PageItem]) -> Pages:
-        pictures = tuple(Picture(", ".join(item.pages), item.png, item.width, item.height, facts=item.facts) for item in run)
-        return Pages(pictures, self.texts.get(run[0].run, ()))
+    def _pages(self, run: Sequence[PageItem], reader: str) -> Pages:
+        return Pages(tuple(_sized(item, reader) for item in run), self.texts.get(run[0].run, ()))
 
     def __str__(self) -> str:
         kinds = [f"{sum(isinstance(item, kind) for item in self.items)} {name}" for kind, name in _KINDS]
         return f"{self.tokens:,} of {self.budget:,} tokens: {', '.join(kinds)}"
+
+
+def _sized(item: PageItem, reader: str) -> Picture:
+    """A page as it is sent: no larger than the provider's model sees it."""
+    width, height = best_size(reader, item.width, item.height)
+    is_whole = (width, height) == (item.width, item.height)
+    png = item.png if is_whole else as_png(resized(from_png(item.png), height, width))
+    return Picture(", ".join(item.pages), png, width, height, facts=item.facts)
 
 
 _KINDS = ((TextItem, "messages as text"), (PageItem, "pictures of pages"), (FactsItem, "factsheets"))
@@ -212,7 +221,8 @@ class _Maker:
         facts = handle_text(unit.number, unit.page.factsheet)
         span = unit.page.first, unit.page.last
         run = unit.details.run if unit.details.kind == "text" else 0
-        yield PageItem((handle(unit.number),), span, tier.name, png, side, side, facts, cost, fidelity, run, self.encode)
+        known = None if unit.details.kind == "picture" else fidelity  # it was measured of pages that optmem draws
+        yield PageItem((handle(unit.number),), span, tier.name, png, side, side, facts, cost, known, run, self.encode)
 
     def _keep_text(self, unit: Unit) -> None:
         """The messages of a run, where they are kept and all its pages are pictures."""

@@ -11,7 +11,7 @@ from optmem.memory.records import StoredPage
 
 NEW = "new"  # the tier of a page that was never shown, and has no text to be shown as
 RECALLS = 16  # of a page, remembered with their time
-Kind = Literal["text", "picture"]
+Kind = Literal["text", "document", "picture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Details:
 
     run: int  # its pages are text together or not at all: the number of the first of them
     group: int  # how many groups were before the newest that is on it
-    kind: Kind = "text"  # "picture": it came as one, and its text is only what is read of it
+    kind: Kind = "text"  # "document": a text that came with a message; "picture": one did, and its text is what is read of it
     rows: tuple[tuple[int, int, int], ...] = ()  # seq, first row, row after the last, of every message that it shows
     ends: str = ""  # for every row, "1" where the line ends with it and "0" where it goes on
     facts_share: float = 0.0  # of its characters that are on its factsheet

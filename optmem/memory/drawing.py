@@ -258,7 +258,7 @@ def _attached(seq: int, part: Attachment, group: Group, optics: Optics, settings
         for page in paginate(part.data.decode("utf-8", "replace"), size=optics.ladder.size, name=part.title or "document"):
             rows = [_Row(seq, line) for line in page.lines]
             ends = "".join("1" if row.line.text.endswith("\n") else "0" for row in rows)
-            details = Details(0, group.number, "picture", ((seq, 0, max(len(rows), 1)),), ends)
+            details = Details(0, group.number, "document", ((seq, 0, max(len(rows), 1)),), ends)
             lines = tuple(index_lines(rows, ends)) if settings.index == "text" else ()
             yield _picture(seq, page.image(), details, lines, optics)
         return

@@ -118,7 +118,7 @@ class Forgetting:
     def _cut_out(self, page: StoredPage, details: Details, gone: set[int]) -> _Rest | None:
         """What is left of a page; None where nothing is."""
         spans = [span for span in details.rows if span[0] not in gone]
-        if not spans or details.kind == "picture":
+        if not spans or details.kind != "text":
             return None
         rows = [row for _, first, stop in spans for row in range(first, stop)]
         height = page.height // max(page.height // int(page.cell.partition("x")[2]), 1)

@@ -69,11 +69,12 @@ class Payload:
     provider: Provider
     body: Json  # "messages", or "contents" for Gemini; "system" or "systemInstruction" where there are instructions
     prices: tuple[Price, ...] = ()  # of every run of pages that could be given as text, in order
+    pictured: tuple[bool, ...] = ()  # whether each of these runs is given as pictures here
 
     @property
     def saved(self) -> int:
-        """Tokens that pictures save against text, over all pages that are given as pictures."""
-        return sum(price.saved for price in self.prices if price.is_worth_it)
+        """Tokens that the pictures given here save against text, where there is a choice; below 0 where they cost more."""
+        return sum(price.saved for price, is_shown in zip(self.prices, self.pictured, strict=True) if is_shown)
 
     def to_json(self) -> bytes:
         """The body's bytes."""
@@ -89,9 +90,10 @@ def payload(items: Iterable[Item], reader: str = "openai", *, pictures: bool | N
     Raises InputError for an unknown reader, for what is no item, and for a result whose call is not among the items.
     """
     found = find_reader(reader)
-    prices: list[Price] = []
-    turns = _merge_results(list(_turns(items, found.name, pictures, prices)))
-    return Payload(found.provider, _BODIES[found.provider](turns), tuple(prices))
+    choices: list[tuple[Price, bool]] = []
+    turns = _merge_results(list(_turns(items, found.name, pictures, choices)))
+    prices, pictured = tuple(price for price, _ in choices), tuple(is_shown for _, is_shown in choices)
+    return Payload(found.provider, _BODIES[found.provider](turns), prices, pictured)
 
 
 # --- turns: what is common to all providers -----------------------------------------------------------------------------------
@@ -104,15 +106,15 @@ class _Turn:
     name: str = ""
 
 
-def _turns(items: Iterable[Item], reader: str, pictures: bool | None, prices: list[Price]) -> Iterator[_Turn]:
+def _turns(items: Iterable[Item], reader: str, pictures: bool | None, choices: list[tuple[Price, bool]]) -> Iterator[_Turn]:
     for number, item in enumerate(items):
         if isinstance(item, Message):
             yield from _turns_of(item)
         elif isinstance(item, Pages):
             price = _price(item, reader)
-            if price is not None:
-                prices.append(price)
             is_shown = not item.messages or (pictures if pictures is not None else price is None or price.is_worth_it)
+            if price is not None:
+                choices.append((price, is_shown))
             yield from (
                 [_Turn("user", tuple(_parts_of(item)))] if is_shown else (turn for one in item.messages for turn in _turns_of(one))
             )

@@ -31,7 +31,7 @@ class Hit:
     messages: tuple[int, ...]  # that stand there
     score: float = field(default=0.0, compare=False)  # by which it was found; higher is better
     facts: tuple[str, ...] = ()  # of these rows, exact
-    fidelity: float = 1.0  # share of lines that are read without an error at the size at which the page is kept
+    fidelity: float | None = 1.0  # share of lines read without an error at the size at which the page is kept; None of a picture
     note: str = ""  # what should be known of it, such as that it is less sure than was asked
 
 
@@ -116,9 +116,10 @@ class Answers:
                 fidelity,
                 note,
             )
-        note = ""
-        if least is not None and min(fidelity, said.confidence) < least:
-            note = f"less sure than the {least:g} asked for: at {side_of(page)} pixels {fidelity:.0%} of lines are read exactly"
+        note = self._foreign(page)
+        if least is not None and min(said.confidence, 1.0 if fidelity is None else fidelity) < least:
+            exact = "" if fidelity is None else f": at {side_of(page)} pixels {fidelity:.0%} of lines are read exactly"
+            note = f"read with {said.confidence:.3g}, less sure than the {least:g} asked for{exact}"
             if facts:
                 where = (line.start, line.stop)
                 return Hit("  ".join(facts), 1.0, "factsheet", handle(page.number), where, seqs, place.score, facts, fidelity, note)
@@ -139,10 +140,19 @@ class Answers:
         said = self.reader.page(page)
         if said is None:
             raise PageCorrupted(f"the picture of page {name} is damaged: its facts are {facts or 'none'}", page.number)
-        return Hit(said.text, said.confidence, "ocr", name, (0, len(said.rows)), seqs, facts=facts, fidelity=self.fidelity(page))
+        rows, fidelity, note = (0, len(said.rows)), self.fidelity(page), self._foreign(page)
+        return Hit(said.text, said.confidence, "ocr", name, rows, seqs, facts=facts, fidelity=fidelity, note=note)
 
-    def fidelity(self, page: StoredPage) -> float:
-        """Share of a page's lines that are read without an error from the pixels that are kept of it."""
+    def _foreign(self, page: StoredPage) -> str:
+        """What should be known of a picture that came as one."""
+        if Details.of(page).kind != "picture" or self.optics.engine.model.config.family != "nano":
+            return ""
+        return "this page came as a picture, and nano reads only pages that optmem draws"
+
+    def fidelity(self, page: StoredPage) -> float | None:
+        """Share of a page's lines that are read without an error from the pixels that are kept of it; None of a picture."""
+        if Details.of(page).kind == "picture":
+            return None
         ladder = self.optics.ladder
         found = ladder.curve.at(ladder.size, min(side_of(page), ladder.size), ladder.cell, complete=True)
         return found.score if found.exact_lines is None else found.exact_lines
