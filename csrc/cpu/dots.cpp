@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <utility>
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own AVX-512 header begins with an undefined register
@@ -92,7 +93,7 @@ OPTMEM_INLINE float total(const Floats& lanes) {
 }
 
 template <typename T, typename W, int kRows, int kTokens>
-OPTMEM_INLINE void dots_body(const W* weight, int64_t stride, int64_t in, const T* const* tokens, float* sums) {
+OPTMEM_INLINE void dots_body(const W* weight, int64_t stride, int64_t in, const T* const* tokens, const W* /*ahead*/, float* sums) {
   constexpr int64_t kStep = 64 / sizeof(T);
   Floats lanes[kRows][kTokens] = {};
   for (int64_t i = 0; i < in; i += kStep) {
@@ -126,32 +127,43 @@ OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512bh load_bf16(const Bf16* from, __mmask32 
   return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
 
+// A step of 32 columns; `there` says which of them the rows have.
+template <int kRows, int kTokens, int kFetched>
+OPTMEM_AVX512_BF16 OPTMEM_INLINE void add_bf16(const Bf16* weight, int64_t stride, int64_t column, __mmask32 there,
+                                               const Bf16* const (&tokens)[kTokens], const Bf16* ahead,
+                                               __m512 (&lanes)[kDotRows][kTokens]) {
+  __m512bh rows[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    // To the second cache alone: to the first, few loads can be on their way at once.  GB/s of one Zen 4 core with one / four /
+    // six tokens: 13 / 13 / 13 without or to the first, 22 / 20 / 23 to the second.
+    if (r < kFetched) _mm_prefetch(reinterpret_cast<const char*>(ahead + r * stride + column), _MM_HINT_T1);
+    rows[r] = load_bf16(weight + r * stride + column, there);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kTokens; ++m) {
+    const __m512bh token = load_bf16(tokens[m] + column, there);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) lanes[r][m] = _mm512_dpbf16_ps(lanes[r][m], rows[r], token);
+  }
+}
+
 // Two products an instruction, summed in fp32.
-template <int kRows, int kTokens>
-OPTMEM_AVX512_BF16 void dots_bf16(const Bf16* weight, int64_t stride, int64_t in, const Bf16* const* tokens, float* sums) {
+template <int kRows, int kTokens, int kFetched>
+OPTMEM_AVX512_BF16 void dots_bf16(const Bf16* weight, int64_t stride, int64_t in, const Bf16* const* tokens, const Bf16* ahead,
+                                  float* sums) {
+  const Bf16* own[kTokens];
+#pragma GCC unroll 8
+  for (int m = 0; m < kTokens; ++m) own[m] = tokens[m];
   __m512 lanes[kDotRows][kTokens];
 #pragma GCC unroll 4
   for (int r = 0; r < kDotRows; ++r) {
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < in; i += 32) {
-    const __mmask32 mask = in - i >= 32 ? ~__mmask32{0} : (__mmask32{1} << (in - i)) - 1;
-    __m512bh rows[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      // The next tile's rows, to the second cache alone: to the first, few loads can be on their way at once.  GB/s of one
-      // Zen 4 core with one / four / six tokens: 13 / 13 / 13 without or to the first, 22 / 20 / 23 to the second.
-      if (kRows == kDotRows) _mm_prefetch(reinterpret_cast<const char*>(weight + (r + kDotRows) * stride + i), _MM_HINT_T1);
-      rows[r] = load_bf16(weight + r * stride + i, mask);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < kTokens; ++m) {
-      const __m512bh token = load_bf16(tokens[m] + i, mask);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) lanes[r][m] = _mm512_dpbf16_ps(lanes[r][m], rows[r], token);
-    }
-  }
+  int64_t i = 0;
+  for (; i + 32 <= in; i += 32) add_bf16<kRows, kTokens, kFetched>(weight, stride, i, ~__mmask32{0}, own, ahead, lanes);
+  if (i < in) add_bf16<kRows, kTokens, kFetched>(weight, stride, i, (__mmask32{1} << (in - i)) - 1, own, ahead, lanes);
 #pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
     _mm_storeu_ps(sums + kDotRows * m, total4(lanes[0][m], lanes[1][m], lanes[2][m], lanes[3][m]));
@@ -177,15 +189,15 @@ OPTMEM_AVX512_VNNI OPTMEM_INLINE void add_fixed(const int8_t* weight, int64_t st
   }
 }
 
-// Sums of up to kRows rows, two products an instruction, exactly in 32 bits.  Rows are fetched `ahead` of those that are read.
-template <int kRows, int kTokens>
+// Sums of up to kRows rows, two products an instruction, exactly in 32 bits.
+template <int kRows, int kTokens, int kFetched>
 OPTMEM_AVX512_VNNI OPTMEM_INLINE void sum_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens,
-                                                int64_t ahead, __m512i (&lanes)[kDotRows][kTokens]) {
+                                                const int8_t* ahead, __m512i (&lanes)[kDotRows][kTokens]) {
   int64_t i = 0;
   for (; i + kFixedStep <= in; i += kFixedStep) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {  // to the second cache, as in dots_bf16
-      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(weight + (r + ahead) * stride + i), _MM_HINT_T1);
+      if (r < kFetched) _mm_prefetch(reinterpret_cast<const char*>(ahead + r * stride + i), _MM_HINT_T1);
     }
     add_fixed<true, kRows>(weight, stride, i, 0, tokens, lanes);
     add_fixed<true, kRows>(weight, stride, i + 32, 0, tokens, lanes);
@@ -197,8 +209,9 @@ OPTMEM_AVX512_VNNI OPTMEM_INLINE void sum_fixed(const int8_t* weight, int64_t st
 }
 
 // GCC 12 keeps at most 16 sums in registers here: four rows by four tokens, or twice two rows by eight.
-template <int kRows, int kTokens>
-OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens, float* sums) {
+template <int kRows, int kTokens, int kFetched>
+OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens, const int8_t* ahead,
+                                   float* sums) {
   constexpr int kAtOnce = kTokens > 4 && kRows > 2 ? 2 : kRows;
   __m512i totals[kTokens][kDotRows];
 #pragma GCC unroll 4
@@ -209,7 +222,12 @@ OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t
 #pragma GCC unroll 8
       for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm512_setzero_si512();
     }
-    sum_fixed<kAtOnce>(weight + first * stride, stride, in, tokens, kRows == kDotRows ? 2 * kDotRows : 0, lanes);
+    constexpr int kNow = kFetched > 1 ? kAtOnce : kFetched;
+    if (first == 0 || kFetched > 1) {
+      sum_fixed<kAtOnce, kTokens, kNow>(weight + first * stride, stride, in, tokens, ahead + first * stride, lanes);
+    } else {
+      sum_fixed<kAtOnce, kTokens, 0>(weight + first * stride, stride, in, tokens, ahead, lanes);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kAtOnce; ++r) {
 #pragma GCC unroll 8
@@ -263,7 +281,7 @@ OPTMEM_AVX2 OPTMEM_INLINE float total_8(__m256 lanes) {
 // The compiler keeps the sums of the generic kernel in memory here: 7 GFLOP/s on two Zen 3 cores.  Four rows by three tokens are
 // twelve of the sixteen registers.
 template <typename T, typename W, int kRows, int kTokens>
-OPTMEM_AVX2 void dots_fma(const W* weight, int64_t stride, int64_t in, const T* const* tokens, float* sums) {
+OPTMEM_AVX2 void dots_fma(const W* weight, int64_t stride, int64_t in, const T* const* tokens, const W* /*ahead*/, float* sums) {
   __m256 lanes[kRows][kTokens];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -292,8 +310,8 @@ OPTMEM_AVX2 void dots_fma(const W* weight, int64_t stride, int64_t in, const T* 
 template <typename T, typename W, int kRows, int kTokens>
 struct Tile {
   OPTMEM_VARIANTS(dots, (dots_body<T, W, kRows, kTokens>),
-                  (const W* weight, int64_t stride, int64_t in, const T* const* tokens, float* sums),
-                  (weight, stride, in, tokens, sums))
+                  (const W* weight, int64_t stride, int64_t in, const T* const* tokens, const W* ahead, float* sums),
+                  (weight, stride, in, tokens, ahead, sums))
 };
 
 template <typename Any>
@@ -301,21 +319,32 @@ auto tile_dots() {
   return OPTMEM_DISPATCH(Any::dots);
 }
 
+// A kernel that leaves fetching to the machine.
+template <typename T, typename W>
+DotKernel<T, W> plain(const Dots<T, W> (&four)[kDotTokens], const Dots<T, W> (&one)[kDotTokens], int tokens) {
+  DotKernel<T, W> kernel{};
+  std::copy(four, four + kDotTokens, kernel.four);
+  std::copy(four, four + kDotTokens, kernel.slow);
+  std::copy(one, one + kDotTokens, kernel.one);
+  kernel.tokens = tokens;
+  return kernel;
+}
+
 template <typename T, typename W, int... kLess>
 DotKernel<T, W> generic_kernel(std::integer_sequence<int, kLess...>) {
-  if (current_isa() == Isa::avx2) return {{dots_fma<T, W, kDotRows, kLess + 1>...}, {dots_fma<T, W, 1, kLess + 1>...}, 3};
+  if (current_isa() == Isa::avx2) return plain<T, W>({dots_fma<T, W, kDotRows, kLess + 1>...}, {dots_fma<T, W, 1, kLess + 1>...}, 3);
   const int tokens = current_isa() == Isa::avx512 ? 6 : 2;
-  return {{tile_dots<Tile<T, W, kDotRows, kLess + 1>>()...}, {tile_dots<Tile<T, W, 1, kLess + 1>>()...}, tokens};
+  return plain<T, W>({tile_dots<Tile<T, W, kDotRows, kLess + 1>>()...}, {tile_dots<Tile<T, W, 1, kLess + 1>>()...}, tokens);
 }
 
 template <int... kLess>
 DotKernel<Bf16> bf16_kernel(std::integer_sequence<int, kLess...>) {
-  return {{dots_bf16<4, kLess + 1>...}, {dots_bf16<1, kLess + 1>...}, 6};
+  return {{dots_bf16<4, kLess + 1, 4>...}, {dots_bf16<4, kLess + 1, 1>...}, {dots_bf16<1, kLess + 1, 0>...}, 6, kDotRows};
 }
 
 template <int... kLess>
 DotKernel<Fixed, int8_t> fixed_kernel(std::integer_sequence<int, kLess...>) {
-  return {{dots_fixed<4, kLess + 1>...}, {dots_fixed<1, kLess + 1>...}, 8};
+  return {{dots_fixed<4, kLess + 1, 4>...}, {dots_fixed<4, kLess + 1, 1>...}, {dots_fixed<1, kLess + 1, 0>...}, 8, 2 * kDotRows};
 }
 
 using Tokens = std::make_integer_sequence<int, kDotTokens>;

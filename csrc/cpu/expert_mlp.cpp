@@ -42,6 +42,13 @@ struct Finish {
   OPTMEM_VARIANTS(add, add_body, (const float* from, float weight, float* sums), (from, weight, sums))
 };
 
+// The first expert from `e` on that has tokens, or their number.
+template <typename T, typename W>
+int64_t next_expert(const ExpertMlp<T, W>& job, int64_t e) {
+  while (e < job.experts && job.starts[e] == job.starts[e + 1]) ++e;
+  return e;
+}
+
 // A piece of the first projection: one expert, up to kChunk columns of its width.
 struct Piece {
   int64_t expert, first;
@@ -66,50 +73,45 @@ void project_in(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, P
   const ChunkRows<W> up_rows = rows_from(job.gate_up, job.gate_up_scales, gate_row + job.width, rows, job.hidden);
   const auto apply = OPTMEM_DISPATCH(Finish<T>::gate);
   float gate[kChunk * kDotTokens], up[kChunk * kDotTokens];
-  for (int64_t i = job.starts[piece.expert]; i < end; i += kernel.tokens) {
-    const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, end - i));
-    dot_rows(kernel, gate_rows, tokens + i, count, gate);
-    dot_rows(kernel, up_rows, tokens + i, count, up);
-    for (int m = 0; m < count; ++m) apply(gate + kChunk * m, up + kChunk * m, rows, inner + (i + m) * job.width + piece.first);
-  }
+  each_tile(kernel, tokens, job.starts[piece.expert], end, [&](int64_t i, const TokenTile<Token>& tile) {
+    dot_rows(kernel, gate_rows, tile, gate);
+    dot_rows(kernel, up_rows, tile, up);
+    for (int m = 0; m < tile.count; ++m) apply(gate + kChunk * m, up + kChunk * m, rows, inner + (i + m) * job.width + piece.first);
+  });
 }
 
-// Columns of out that a thread makes at once: a multiple of kChunk.  Of an expert they are neighbouring rows, so what is fetched
-// ahead of a chunk is the next chunk.
-int64_t span_of(int64_t hidden, int num_threads) {
-  const int64_t chunks = (hidden + kChunk - 1) / kChunk;
-  return std::max<int64_t>(chunks / (4 * num_threads), 1) * kChunk;
-}
-
-// The tokens of an expert, added to their sums: columns first .. of out, rows of sums `span` apart.
+// The tokens of an expert, added to their sums: the columns of `down_rows` of out, rows of sums `span` apart.
 template <typename Token, typename T, typename W>
-void add_expert(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t expert, int64_t first,
+void add_expert(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t expert, const ChunkRows<W>& down_rows,
                 const Token* const* inner, float* sums, int64_t span) {
   const auto add = OPTMEM_DISPATCH(Finish<T>::add);
-  const ChunkRows<W> down_rows =
-      rows_from(job.down, job.down_scales, expert * job.hidden + first, std::min(kChunk, job.hidden - first), job.width);
   float dots[kChunk * kDotTokens] = {};
-  for (int64_t i = job.starts[expert]; i < job.starts[expert + 1]; i += kernel.tokens) {
-    const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.starts[expert + 1] - i));
-    dot_rows(kernel, down_rows, inner + i, count, dots);
-    for (int m = 0; m < count; ++m) {
+  each_tile(kernel, inner, job.starts[expert], job.starts[expert + 1], [&](int64_t i, const TokenTile<Token>& tile) {
+    dot_rows(kernel, down_rows, tile, dots);
+    for (int m = 0; m < tile.count; ++m) {
       const int32_t pair = job.order[i + m];
       add(dots + kChunk * m, job.weights[pair], sums + pair / job.top_k * span);
     }
-  }
+  });
 }
 
-// Columns first .. first + span of out, for all tokens and experts.  sums is [tokens, span] and zero.
+// Columns first .. first + columns of out, for all tokens and experts.  sums has room for [tokens, columns].  Of an expert these
+// are neighbouring rows, so what is fetched ahead of a chunk is the next chunk.
 template <typename Token, typename T, typename W>
-void project_out(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t first, const Token* const* inner, float* sums,
-                 int64_t span) {
+void project_out(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t first, int64_t columns,
+                 const Token* const* inner, std::vector<float>& sums) {
   const auto store = OPTMEM_DISPATCH(Finish<T>::store);
-  const int64_t columns = std::min(span, job.hidden - first);
-  for (int64_t e = 0; e < job.experts; ++e) {
-    if (job.starts[e] == job.starts[e + 1]) continue;
-    for (int64_t c = 0; c < columns; c += kChunk) add_expert(job, kernel, e, first + c, inner, sums + c, span);
+  sums.assign(job.tokens * columns, 0.0f);
+  for (int64_t e = next_expert(job, 0); e < job.experts;) {
+    const int64_t after = next_expert(job, e + 1);
+    for (int64_t c = 0; c < columns; c += kChunk) {
+      ChunkRows<W> rows = rows_from(job.down, job.down_scales, e * job.hidden + first + c, std::min(kChunk, columns - c), job.width);
+      if (c + kChunk >= columns) rows.next = job.down + (after * job.hidden + first) * job.width;
+      add_expert(job, kernel, e, rows, inner, sums.data() + c, columns);
+    }
+    e = after;
   }
-  for (int64_t t = 0; t < job.tokens; ++t) store(sums + t * span, columns, job.out + t * job.hidden + first);
+  for (int64_t t = 0; t < job.tokens; ++t) store(&sums[t * columns], columns, job.out + t * job.hidden + first);
 }
 
 // Tokens of the kind that the kernel takes.
@@ -126,21 +128,21 @@ void run(const ExpertMlp<T, W>& job, int num_threads) {
     of_inner[i] = inner_rows[i];
   }
   const int64_t num_pieces = static_cast<int64_t>(pieces.size());
-  const int chunks = run_of(num_pieces, num_threads);
-  const int64_t span = span_of(job.hidden, num_threads);
+  Shares in(num_pieces, num_threads), out((job.hidden + kChunk - 1) / kChunk, num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
-    std::vector<float> sums(job.tokens * span);
-#pragma omp for schedule(dynamic, chunks)
-    for (int64_t p = 0; p < num_pieces; ++p) project_in(job, kernel, pieces[p], of_x.data(), inner.data());
+    for (Shares::Range range = in.take(); range.first < range.end; range = in.take()) {
+      for (int64_t p = range.first; p < range.end; ++p) project_in(job, kernel, pieces[p], of_x.data(), inner.data());
+    }
+#pragma omp barrier
     if constexpr (Rows<Token, T>::kTurned) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < job.pairs(); ++i) inner_rows.turn(i);
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < job.hidden; first += span) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      project_out(job, kernel, first, of_inner.data(), sums.data(), span);
+    std::vector<float> sums;
+    for (Shares::Range range = out.take(); range.first < range.end; range = out.take()) {
+      const int64_t first = range.first * kChunk;
+      project_out(job, kernel, first, std::min(range.end * kChunk, job.hidden) - first, of_inner.data(), sums);
     }
   }
 }

@@ -29,16 +29,19 @@ void multiply(const LinearRows<T, Out, W>& job, int num_threads) {
     x.turn(t);
     tokens[t] = x[t];
   }
-  const int run = run_of((job.rows + kChunk - 1) / kChunk, num_threads);
-#pragma omp parallel for schedule(dynamic, run) num_threads(num_threads)
-  for (int64_t first = 0; first < job.rows; first += kChunk) {
-    const int64_t rows = std::min(kChunk, job.rows - first);
-    const ChunkRows<W> chunk = rows_from(job.weight, job.scales, first, rows, job.in);
+  Shares shares((job.rows + kChunk - 1) / kChunk, num_threads);
+#pragma omp parallel num_threads(num_threads)
+  {
     float sums[kChunk * kDotTokens];
-    for (int64_t t = 0; t < job.tokens; t += kernel.tokens) {
-      const int count = static_cast<int>(std::min<int64_t>(kernel.tokens, job.tokens - t));
-      dot_rows(kernel, chunk, &tokens[t], count, sums);
-      for (int m = 0; m < count; ++m) store(sums + kChunk * m, rows, job.out + (t + m) * job.rows + first);
+    for (Shares::Range range = shares.take(); range.first < range.end; range = shares.take()) {
+      for (int64_t first = range.first * kChunk; first < std::min(range.end * kChunk, job.rows); first += kChunk) {
+        const int64_t rows = std::min(kChunk, job.rows - first);
+        const ChunkRows<W> chunk = rows_from(job.weight, job.scales, first, rows, job.in);
+        each_tile(kernel, tokens.data(), 0, job.tokens, [&](int64_t t, const TokenTile<Token>& tile) {
+          dot_rows(kernel, chunk, tile, sums);
+          for (int m = 0; m < tile.count; ++m) store(sums + kChunk * m, rows, job.out + (t + m) * job.rows + first);
+        });
+      }
     }
   }
 }

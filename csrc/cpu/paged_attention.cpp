@@ -111,7 +111,8 @@ void score(const Ask<T>& ask, const DotKernel<T>& kernel, const Range (&ranges)[
     for (int64_t key = range.first; key < range.end; key += kDotRows) {
       fetch_ahead(ask, ask.job.keys, key + kAhead, range);
       // What lies behind the last key is memory of the same page: its score is replaced in soften.
-      kernel.four[ask.count - 1](ask.row(ask.job.keys, key), ask.stride(), ask.job.dim, queries, sums);
+      const T* keys = ask.row(ask.job.keys, key);
+      kernel.four[ask.count - 1](keys, ask.stride(), ask.job.dim, queries, keys + kDotRows * ask.stride(), sums);
       for (int m = 0; m < ask.count; ++m) std::memcpy(scores + width * m + key, sums + kDotRows * m, sizeof(float) * kDotRows);
     }
   }
