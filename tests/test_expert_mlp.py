@@ -220,6 +220,7 @@ def test_triton_a_token_of_nan_fails_alone(tokens):
     assert_equal(out.cpu()[others], want[others])
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of numpy: pairs that no expert has are whatever memory held
 @pytest.mark.parametrize("tokens", [3, 20])
 @pytest.mark.parametrize("hostile", [-(2**31), 2**31 - 1, 99])
 def test_triton_a_wrong_grouping_touches_nothing_else(tokens, hostile):

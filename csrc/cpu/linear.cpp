@@ -6,6 +6,7 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "checks.h"
@@ -21,6 +22,7 @@ constexpr int kTile = 6;                       // rows of a tile
 constexpr int kBlocks = 4;                     // registers of columns of a tile
 constexpr int64_t kGroup = kBlocks * kLanes;   // columns of a tile
 constexpr int64_t kPanelBytes = 512 << 10;     // of turned weights: half of a core's second cache
+constexpr int64_t kLineBytes = 64;            // of the cache
 constexpr int64_t kFewestRows = 96;            // that are worth turning weights for
 
 // How a job is cut into tasks: groups of columns by parts, rows by stretches.
@@ -36,6 +38,12 @@ Cut cut(const Linear& job, int64_t threads) {
   const int64_t missing = (threads + parts - 1) / parts;
   return {groups, parts, std::clamp<int64_t>(job.rows / kFewestRows, 1, missing)};
 }
+
+// Weights that will be turned next: so many lines of the cache from an address on.
+struct Ahead {
+  const char* from;
+  int64_t lines;
+};
 
 // A thread's panel: [group][pair][kBlocks] lines, and its bias.
 struct Panel {
@@ -101,9 +109,22 @@ OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 activated(__m512 x) {
   return x;
 }
 
-// A tile: `count` of kTile rows are there, the rest repeat the last.
+// One pair of columns of x: its products with a line of every block.
+OPTMEM_AVX512_BF16 OPTMEM_INLINE void add_pair(const Bf16* const (&x)[kTile], int64_t p, const Line* lines,
+                                               __m512 (&sums)[kTile][kBlocks]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kTile; ++i) {
+    uint32_t pair;
+    std::memcpy(&pair, x[i] + 2 * p, sizeof(pair));
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) sums[i][b] = multiply_add(sums[i][b], lines[p * kBlocks + b], pair);
+  }
+}
+
+// A tile: `count` of kTile rows are there, the rest repeat the last.  What lies ahead is fetched meanwhile.
 template <Activation kActivation>
-OPTMEM_AVX512_BF16 void multiply(const Linear& job, int64_t row, int count, int64_t column, const Line* lines, const float* bias) {
+OPTMEM_AVX512_BF16 void multiply(const Linear& job, int64_t row, int count, int64_t column, const Line* lines, const float* bias,
+                                 Ahead ahead) {
   const Bf16* x[kTile];
 #pragma GCC unroll 6
   for (int i = 0; i < kTile; ++i) x[i] = job.x + (row + std::min(i, count - 1)) * job.in;
@@ -113,15 +134,13 @@ OPTMEM_AVX512_BF16 void multiply(const Linear& job, int64_t row, int count, int6
 #pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b) sums[i][b] = _mm512_loadu_ps(bias + b * kLanes);
   }
-  for (int64_t p = 0; p < job.in / 2; ++p) {
-#pragma GCC unroll 6
-    for (int i = 0; i < kTile; ++i) {
-      uint32_t pair;
-      std::memcpy(&pair, x[i] + 2 * p, sizeof(pair));
-#pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b) sums[i][b] = multiply_add(sums[i][b], lines[p * kBlocks + b], pair);
-    }
+  const int64_t pairs = job.in / 2, fetching = std::min(pairs, ahead.lines);
+  int64_t p = 0;
+  for (; p < fetching; ++p) {
+    _mm_prefetch(ahead.from + p * kLineBytes, _MM_HINT_T1);
+    add_pair(x, p, lines, sums);
   }
+  for (; p < pairs; ++p) add_pair(x, p, lines, sums);
 #pragma GCC unroll 6
   for (int i = 0; i < kTile; ++i) {
     if (i >= count) break;
@@ -137,7 +156,8 @@ OPTMEM_AVX512_BF16 void multiply(const Linear& job, int64_t row, int count, int6
   }
 }
 
-using Multiply = void (*)(const Linear& job, int64_t row, int count, int64_t column, const Line* lines, const float* bias);
+using Multiply = void (*)(const Linear& job, int64_t row, int count, int64_t column, const Line* lines, const float* bias,
+                          Ahead ahead);
 
 Multiply multiply_for(Activation activation) {
   switch (activation) {
@@ -148,19 +168,32 @@ Multiply multiply_for(Activation activation) {
   return multiply<Activation::none>;
 }
 
-void run(const Linear& job, const Cut& how, int64_t task, Panel& panel) {
+// What a task multiplies: a panel's groups, a stretch's rows.
+struct Task {
+  int64_t first, groups, row, end;
+};
+
+Task task_at(const Linear& job, const Cut& how, int64_t index) {
+  const int64_t part = index / how.stretches, stretch = index % how.stretches, first = how.groups * part / how.parts;
+  return {first, how.groups * (part + 1) / how.parts - first, job.rows * stretch / how.stretches,
+          job.rows * (stretch + 1) / how.stretches};
+}
+
+// `next`: what the thread does afterwards.  Its weights are fetched a little with every tile; nothing is read there.
+void run(const Linear& job, const Task& task, const Task& next, Panel& panel) {
   const Multiply multiply = multiply_for(job.activation);
-  const int64_t part = task / how.stretches, stretch = task % how.stretches, pairs = job.in / 2;
-  const int64_t first = how.groups * part / how.parts, groups = how.groups * (part + 1) / how.parts - first;
-  panel.lines.resize(static_cast<size_t>(groups * kBlocks * pairs));
-  panel.bias.resize(static_cast<size_t>(groups * kGroup));
-  turn_weights(job, first, groups, panel);
-  const int64_t end = job.rows * (stretch + 1) / how.stretches;
-  for (int64_t row = job.rows * stretch / how.stretches; row < end; row += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, end - row));
-    for (int64_t g = 0; g < groups; ++g) {
-      multiply(job, row, count, (first + g) * kGroup, &panel.lines[static_cast<size_t>(g * pairs * kBlocks)],
-               &panel.bias[static_cast<size_t>(g * kGroup)]);
+  const int64_t pairs = job.in / 2, tiles = (task.end - task.row + kTile - 1) / kTile;
+  panel.lines.resize(static_cast<size_t>(task.groups * kBlocks * pairs));
+  panel.bias.resize(static_cast<size_t>(task.groups * kGroup));
+  turn_weights(job, task.first, task.groups, panel);
+  const int64_t bytes = std::min(next.groups * kGroup, job.columns - next.first * kGroup) * job.in * static_cast<int64_t>(sizeof(Bf16));
+  const int64_t lines = (bytes / kLineBytes + tiles * task.groups - 1) / (tiles * task.groups);
+  Ahead ahead{reinterpret_cast<const char*>(job.weight + next.first * kGroup * job.in), lines};
+  for (int64_t row = task.row; row < task.end; row += kTile) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, task.end - row));
+    for (int64_t g = 0; g < task.groups; ++g, ahead.from += lines * kLineBytes) {
+      multiply(job, row, count, (task.first + g) * kGroup, &panel.lines[static_cast<size_t>(g * pairs * kBlocks)],
+               &panel.bias[static_cast<size_t>(g * kGroup)], ahead);
     }
   }
 }
@@ -173,11 +206,16 @@ void linear(const Linear& job, int num_threads) {
   check(has_linear(job.in), "linear: rows of ", job.in, " are not for this machine");
   if (job.rows == 0 || job.columns == 0) return;
   const Cut how = cut(job, num_threads);
+  const int64_t tasks = how.parts * how.stretches;
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(num_threads)
   {
     Panel panel;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < how.parts * how.stretches; ++task) run(job, how, task, panel);
+    for (int64_t task = taken++; task < tasks;) {
+      const int64_t next = taken++;
+      run(job, task_at(job, how, task), next < tasks ? task_at(job, how, next) : Task{}, panel);
+      task = next;
+    }
   }
 }
 
