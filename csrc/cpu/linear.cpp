@@ -75,22 +75,40 @@ OPTMEM_AVX512_BF16 void turn_weights(const Linear& job, int64_t first_group, int
   }
 }
 
-// x times the chance that a normal number is below x (Abramowitz and Stegun 7.1.26: seven digits of the error function).
+// The chance that a normal number is beyond x, for 0 <= x < 6, as polynomials of what x is off the middle of one of sixteen cells.
+// Fitted for the least greatest relative error: 2e-5 to 3.4, 7e-4 at 6; the absolute error is below 2e-7 everywhere.
+constexpr int kCells = 16;
+constexpr float kCellsEnd = 6.0f;
+alignas(64) constexpr float kBeyond[5][kCells] = {
+    {0.425634295f, 0.286887705f, 0.174250737f, 0.0946757719f, 0.0457536466f, 0.0195800867f, 0.00739460252f, 0.00245789182f,
+     0.000717534567f, 0.000183665499f, 4.11654946e-05f, 8.07024571e-06f, 1.38261123e-06f, 2.06848441e-07f, 2.70069194e-08f,
+     3.07568548e-09f},
+    {-0.391987413f, -0.340566278f, -0.257075101f, -0.168595463f, -0.0960632786f, -0.0475545451f, -0.0204525255f,
+     -0.00764220674f, -0.00248087035f, -0.0006996796f, -0.000171435444f, -3.64926163e-05f, -6.74853163e-06f,
+     -1.08420409e-06f, -1.5132423e-07f, -1.83485156e-08f},
+    {0.0367528014f, 0.0957839414f, 0.120498165f, 0.110632367f, 0.0810469687f, 0.0490386374f, 0.0249280743f, 0.0107496344f,
+     0.00395617262f, 0.00124761905f, 0.000338096172f, 7.88942998e-05f, 1.587718e-05f, 2.75896696e-06f, 4.14361551e-07f,
+     5.38279679e-08f},
+    {0.0626367256f, 0.0386522301f, 0.00532693462f, -0.0200400818f, -0.0293742009f, -0.0257129762f, -0.0168627352f,
+     -0.00885070302f, -0.00382754882f, -0.00138528203f, -0.000423578109f, -0.000110102294f, -2.44339735e-05f,
+     -4.6438663e-06f, -7.57645239e-07f, -1.0629936e-07f},
+    {-0.00913448725f, -0.0212966278f, -0.0210737847f, -0.0115722828f, -0.000927898509f, 0.00511959614f, 0.00604941742f,
+     0.00433213264f, 0.00231421716f, 0.000983163947f, 0.000342016923f, 9.90073313e-05f, 2.40893351e-05f, 4.95942095e-06f,
+     8.68051814e-07f, 1.29623373e-07f},
+};
+
+// x times the chance that a normal number is below x.
 OPTMEM_AVX512_BF16 OPTMEM_INLINE __m512 gelu(__m512 x) {
-  const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
-  const __m512 size = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678118654752f));
-  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f), one));
-  __m512 p = _mm512_set1_ps(1.061405429f);
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-  const __m512 square = _mm512_mul_ps(_mm512_mul_ps(size, size), _mm512_set1_ps(-1.44269504088896341f));
-  // Half of what lies beyond: 1 - erf, times x / 2, comes off where x is positive and is all where it is negative.
-  const __m512 beyond = _mm512_mul_ps(_mm512_mul_ps(half, _mm512_mul_ps(p, t)), power_of_two(square));
+  const __m512 size = _mm512_abs_ps(x);
+  const __m512i cell = _mm512_cvttps_epi32(_mm512_mul_ps(size, _mm512_set1_ps(kCells / kCellsEnd)));
+  const __m512 middle = _mm512_add_ps(_mm512_cvtepi32_ps(cell), _mm512_set1_ps(0.5f));
+  const __m512 part = _mm512_fnmadd_ps(middle, _mm512_set1_ps(kCellsEnd / kCells), size);
+  __m512 beyond = _mm512_permutexvar_ps(cell, _mm512_load_ps(kBeyond[4]));
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; --i) beyond = _mm512_fmadd_ps(beyond, part, _mm512_permutexvar_ps(cell, _mm512_load_ps(kBeyond[i])));
+  beyond = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(size, _mm512_set1_ps(kCellsEnd), _CMP_LT_OQ), beyond);
   const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-  const __m512 share = _mm512_mask_sub_ps(beyond, static_cast<__mmask16>(~is_negative), one, beyond);
-  return _mm512_mul_ps(x, share);
+  return _mm512_mul_ps(x, _mm512_mask_sub_ps(beyond, static_cast<__mmask16>(~is_negative), _mm512_set1_ps(1.0f), beyond));
 }
 
 // x / (1 + e^(-1.702 x)), from the exponential of the smaller side.
