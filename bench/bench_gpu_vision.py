@@ -32,7 +32,11 @@ COMPILED = 1024  # the views at which torch.compile is measured too: it takes se
 DTYPE = torch.bfloat16
 HEADS, HEAD_DIM, WIDTH, WINDOW = 12, 64, 768, 14
 CLIP_HEADS, CLIP_WIDTH = 16, 1024
-Operator = Callable[..., Tensor]
+Operator = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def results(of: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (of,) if isinstance(of, Tensor) else of
 
 
 def case(
@@ -44,20 +48,24 @@ def case(
     per_page: int = 1,
     more: tuple[object, ...] = (),
 ) -> Case:
-    """ops.<operator> over inputs, of which the first per_page have an entry for every page, beside other ways to the same."""
+    """ops.<operator> over inputs, of which the first per_page have an entry for every page, beside other ways to the same.
+
+    Of several results the last is compared.
+    """
     run, meaning = getattr(ops, operator), getattr(reference, operator)
     pages = len(inputs[0])
-    out = run(*inputs, *more)
+    outs = results(run(*inputs, *more))
     if side == COMPILED and inputs[0].is_cuda:
         others = others | {"compiled": torch.compile(meaning, dynamic=False)}
 
     def check() -> Errors:
         last = [*(tensor[-1:] for tensor in inputs[:per_page]), *inputs[per_page:]]
         exact = meaning(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in last), *more)
-        return compare(run(*inputs, *more)[-1:], meaning(*last, *more), exact)
+        ours, theirs, truth = (results(each)[-1] for each in (run(*inputs, *more), meaning(*last, *more), exact))
+        return compare(ours[-1:], theirs, truth)
 
     theirs = {name: partial(other, *inputs, *more) for name, other in others.items()}
-    moved = sum(tensor.nbytes for tensor in inputs) + out.nbytes
+    moved = sum(tensor.nbytes for tensor in (*inputs, *outs))
     return Case(operator, f"{side} px x {pages}, bf16", DTYPE, partial(run, *inputs, *more), theirs, check, moved, flops)
 
 
@@ -157,6 +165,13 @@ def layer_norm(side: int, pages: int, device: torch.device) -> Case:
     return case("layer_norm", side, [x.view(pages, -1, WIDTH), *parameters], {"torch": reference.layer_norm}, 0, more=(1e-6,))
 
 
+def add_layer_norm(side: int, pages: int, device: torch.device) -> Case:
+    x, *parameters = layer_norm_inputs(pages * (side // 16) ** 2, WIDTH, DTYPE, device)
+    x = x.view(pages, -1, WIDTH)
+    others: dict[str, Operator] = {"add, layer_norm": reference.add_layer_norm}
+    return case("add_layer_norm", side, [x, x.flip(0), *parameters], others, 0, per_page=2, more=(1e-6,))
+
+
 def linear(activation: ops.Activation, side: int, pages: int, device: torch.device) -> Case:
     """The first layer of an MLP: SAM's with the exact function, CLIP's with the quick one."""
     rows, width = ((side // 16) ** 2, WIDTH) if activation == "gelu" else ((side // 64) ** 2 + 1, CLIP_WIDTH)
@@ -185,6 +200,7 @@ MAKERS = {
     "attention": attention,
     "attention, mixed mask": mixed_attention,
     "layer_norm": layer_norm,
+    "add_layer_norm": add_layer_norm,
     "linear, gelu": partial(linear, "gelu"),
     "linear, quick_gelu": partial(linear, "quick_gelu"),
 }

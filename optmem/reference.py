@@ -152,6 +152,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rounded sum, and its norm."""
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps)
+
+
 def window_attention(qkv: Tensor, bias: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
     """global_attention inside windows; what a window has beyond the grid holds the bias.  Shapes as in ops.window_attention."""
     num_grids, height, width, channels = qkv.shape

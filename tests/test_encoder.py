@@ -233,7 +233,9 @@ def test_a_block_of_full_width(grid, is_global):
         }
     )
     x = torch.randn(1, *grid, 768, generator=generator("full"))
-    assert_within(block(x), layer(x))
+    assert_within(sum(block(x, None)), layer(x))
+    half = x / 2  # what was not yet added to it: exact, so that the sum is x
+    assert_equal(sum(block(half, half)), sum(block(x, None)))
 
 
 # --- what it is made of -------------------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def layer_norm(dtype):
     widths = {width for model in MODELS for width in (model.stage_one.width, model.stage_one.neck_width)}
     for width in widths | {model.clip.width for model in MODELS if model.clip is not None}:
         x = meta(2, width, dtype=dtype)
-        yield module.layer_norm_kernel, *module.specialise(x, x[0], x[0], 1e-6, x, launch.layer_norm_tile(width))
+        for more in (None, x):
+            yield module.layer_norm_kernel, *module.specialise(x, more, x[0], x[0], 1e-6, more, x, launch.layer_norm_tile(width))
 
 
 def compress(dtype):

@@ -61,6 +61,7 @@ def calls():
     yield Call("rms_norm", ops.rms_norm, (x, x[0], 1e-6))
     yield Call("add_rms_norm", ops.add_rms_norm, (x, x + 1, x[0], 1e-6))
     yield Call("layer_norm", ops.layer_norm, (x, x[0], x[1], 1e-6))
+    yield Call("add_layer_norm", ops.add_layer_norm, (x, x + 1, x[0], x[1], 1e-6))
     yield Call("silu_mul", ops.silu_mul, (x, x + 1))
     yield from of_the_cache()
     yield from of_experts()

@@ -26,9 +26,10 @@ class Clip(nn.Module):
     def forward(self, cells: Tensor) -> Tensor:
         """[B, m, m, D] -> [B, m * m, D]; the class vector takes part and is dropped, and no norm follows the last layer."""
         x = self.pre_layrnorm(self.embeddings(cells))
+        pending: Tensor | None = None
         for layer in self.transformer.layers:
-            x = layer(x)
-        kept: Tensor = x[:, 1:]
+            x, pending = layer(x, pending)
+        kept: Tensor = x[:, 1:] if pending is None else x[:, 1:] + pending[:, 1:]
         return kept
 
 
@@ -61,7 +62,7 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then an MLP, each after a norm and added to what came in."""
+    """Attention and MLP, each behind a norm.  What was not yet added to x travels along, to be added inside the next norm."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -70,11 +71,11 @@ class Layer(nn.Module):
         self.layer_norm2 = LayerNorm(config.width, NORM_EPS)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        out: Tensor = x + self.mlp(self.layer_norm2(x))
-        return out
+    def forward(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and what is to be added to it, both [B, T, D] -> the same, one layer later."""
+        x, normed = (x, self.layer_norm1(x)) if pending is None else self.layer_norm1.add(x, pending)
+        x, normed = self.layer_norm2.add(x, self.self_attn(normed))
+        return x, self.mlp(normed)
 
 
 class Attention(nn.Module):

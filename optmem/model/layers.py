@@ -21,11 +21,15 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Rows to mean 0 and variance 1, scaled and shifted."""
+    """Rows to mean 0 and variance 1, scaled and shifted; with a residual, their sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum and its norm."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):

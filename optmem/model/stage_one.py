@@ -42,8 +42,10 @@ class StageOne(nn.Module):
         projection = self.patch_embed.proj
         assert projection.bias is not None
         x = ops.patch_embed(pixels, projection.weight, projection.bias, self._positions.at(self.pos_embed[0], side))
+        pending: Tensor | None = None
         for block in self.blocks:
-            x = block(x)
+            x, pending = block(x, pending)
+        x = x if pending is None else x + pending
         weights = [parameter for layer in (*self.neck, self.net_2, self.net_3) for parameter in layer.parameters()]
         return ops.compress(x, *weights)
 
@@ -57,7 +59,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each after a norm and added to what came in."""
+    """Attention and MLP, each behind a norm.  What was not yet added to x travels along, to be added inside the next norm."""
 
     def __init__(self, config: StageOneConfig, *, is_global: bool) -> None:
         super().__init__()
@@ -66,11 +68,11 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(config.width, NORM_EPS)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, g, g, D] -> [B, g, g, D]."""
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+    def forward(self, x: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and what is to be added to it, both [B, g, g, D] -> the same, one block later."""
+        x, normed = (x, self.norm1(x)) if pending is None else self.norm1.add(x, pending)
+        x, normed = self.norm2.add(x, self.attn(normed))
+        return x, self.mlp(normed)
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ from optmem.ops.decoding import (
 from optmem.ops.drawing import MAX_SIDE, draw_text, resample
 from optmem.ops.experts import ExpertScales, Routing, expert_mlp, route
 from optmem.ops.linear import Activation, linear, linear_rows
-from optmem.ops.norm import layer_norm
+from optmem.ops.norm import add_layer_norm, layer_norm
 from optmem.ops.picking import pick_token
 from optmem.ops.registry import Implementation, implementations
 from optmem.ops.vision import attention, compress, global_attention, patch_embed, window_attention
@@ -29,6 +29,7 @@ __all__ = [
     "ExpertScales",
     "Implementation",
     "Routing",
+    "add_layer_norm",
     "add_rms_norm",
     "attention",
     "compress",
