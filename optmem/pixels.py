@@ -20,7 +20,6 @@ from optmem.pages.page import Box
 
 PIXELS_PER_TOKEN = 64  # along a side: patches of 16 pixels, two convolutions of stride 2
 PADDING = 127  # grey, as the family was trained: int(0.5 * 255)
-PAPER = 255
 MIN_TILES = 2
 STRETCH_UP_TO = 640  # pixels; a larger view keeps the page's proportions and is padded
 MIN_CELL = 16  # pixels; less of a page than one patch says nothing
@@ -214,16 +213,13 @@ def contact_sheet(images: Sequence[object], size: int, columns: int | None = Non
             f"{len(pages)} pages in {columns} columns leave {cell_width}x{cell_height} pixels each on a sheet of {size}; "
             f"at least {MIN_CELL} are needed: take fewer pages or a larger sheet"
         )
-    channels = 3 if any(page.ndim == 3 for page in pages) else 1
-    sheet = torch.full((size, size, channels), PAPER, dtype=torch.uint8)
     boxes = []
     for number, page in enumerate(pages):
         row, column = divmod(number, columns)
         height, width = _scaled(page, cell_height, cell_width)
-        box = Box(column * cell_width, row * cell_height, column * cell_width + width, row * cell_height + height)
-        sheet[box.top : box.bottom, box.left : box.right] = _resize(_to_tensor(page), height, width)
-        boxes.append(box)
-    return ContactSheet(_to_pixels(sheet), tuple(boxes))
+        boxes.append(ops.SheetBox(row * cell_height, column * cell_width, height, width))
+    sheet = ops.contact_sheet([_to_tensor(page) for page in pages], boxes, size)
+    return ContactSheet(_to_pixels(sheet), tuple(Box(left, top, left + w, top + h) for top, left, h, w in boxes))
 
 
 def _cell(size: int, columns: int, num_pages: int) -> tuple[int, int]:

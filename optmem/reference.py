@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ def resample(images: Tensor, height: int, width: int) -> Tensor:
     for axis in resample_order(images.shape[1], images.shape[2], height, width):
         images = _resample_axis(images, axis, (height, width)[axis - 1])
     return images
+
+
+def contact_sheet(
+    pages: Sequence[Tensor],
+    boxes: Sequence[tuple[int, int, int, int]],
+    size: int,
+    resampled: Callable[[Tensor, int, int], Tensor] = resample,
+) -> Tensor:
+    """Every page resampled into its box (top, left, height, width) of a white sheet.  Shapes as in ops.contact_sheet.
+
+    resampled   another implementation of resample
+    """
+    sheet = pages[0].new_full((size, size, max(page.shape[2] for page in pages)), PAPER)
+    for page, (top, left, height, width) in zip(pages, boxes, strict=True):
+        sheet[top : top + height, left : left + width] = resampled(page[None], height, width)[0]
+    return sheet
 
 
 def resample_order(height_in: int, width_in: int, height: int, width: int) -> tuple[int, int]:

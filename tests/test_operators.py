@@ -106,6 +106,10 @@ def of_pages():
     for pixels in bytes_of.values():
         yield Call("patch_embed", ops.patch_embed, (pixels, random(8, 3, 16, 16), random(8), random(2, 3, 8)))
     yield Call("resample", ops.resample, (bytes_of[3], 20, 7))
+    boxes = [ops.SheetBox(0, 0, 9, 20), ops.SheetBox(0, 20, 20, 4)]
+    sides = [side for box in boxes for side in box]
+    pages = [bytes_of[1][0], bytes_of[3][1]]
+    yield Call("contact_sheet", ops.contact_sheet, (pages, boxes, 24), (pages, sides, 24))
     glyphs = integers([0, 2, 3], [6, 1, 1], dtype=torch.int32)
     placed = integers([0, 1, 1], [1, 0, 4], dtype=torch.int32)
     yield Call("draw_text", ops.draw_text, (torch.full((7,), 9, dtype=torch.uint8), glyphs, placed, integers(0, 1, 2), 4, 5))

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "cpu/bind_decoder.h"
 #include "cpu/bind_vision.h"
+#include "cpu/contact_sheet.h"
 #include "cpu/draw_text.h"
 #include "cpu/isa.h"
 #include "cpu/resample.h"
@@ -70,6 +71,18 @@ py::tuple resample_coefficients(int64_t size_in, int64_t size_out) {
                         Array<int32_t>({size_out, int64_t{table.taps}}, table.weights.data()));
 }
 
+void contact_sheet_scalar(const Array<uint8_t>& pixels, const Array<int32_t>& coefficients, const Array<int64_t>& pages,
+                          Array<uint8_t> sheet) {
+  optmem::check(pages.ndim() == 2 && pages.shape(1) == optmem::kSheetColumns, "contact_sheet: pages must be [n, ",
+                optmem::kSheetColumns, "]");
+  optmem::check(sheet.ndim() == 3 && sheet.shape(0) == sheet.shape(1) && (sheet.shape(2) == 1 || sheet.shape(2) == 3),
+                "contact_sheet: the sheet must be [S, S, C] with C 1 or 3");
+  const optmem::ContactSheet job{pixels.data(),       coefficients.data(), reinterpret_cast<const optmem::SheetPage*>(pages.data()),
+                                 sheet.mutable_data(), pages.shape(0),      sheet.shape(0),
+                                 sheet.shape(2)};
+  optmem::contact_sheet_scalar(job, pixels.size(), coefficients.size());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -83,6 +96,8 @@ PYBIND11_MODULE(_cpu, m) {
         "The arithmetic of the CUDA kernel, one value at a time.");
   m.def("resample_coefficients", &resample_coefficients, py::arg("size_in"), py::arg("size_out"),
         "Bounds int32 [out, 2] and weights int32 [out, taps] of one axis.");
+  m.def("contact_sheet_scalar", &contact_sheet_scalar, py::arg("pixels").noconvert(), py::arg("coefficients").noconvert(),
+        py::arg("pages").noconvert(), py::arg("sheet").noconvert(), "The arithmetic of the CUDA kernel, one value at a time.");
   bind_decoder(m);
   bind_vision(m);
 }

@@ -13,7 +13,7 @@ from optmem.ops.decoding import (
     rope_cache,
     silu_mul,
 )
-from optmem.ops.drawing import MAX_SIDE, draw_text, resample
+from optmem.ops.drawing import MAX_SIDE, SheetBox, contact_sheet, draw_text, resample
 from optmem.ops.experts import ExpertScales, Routing, expert_mlp, route
 from optmem.ops.linear import Activation, linear, linear_rows
 from optmem.ops.norm import add_layer_norm, layer_norm
@@ -29,10 +29,12 @@ __all__ = [
     "ExpertScales",
     "Implementation",
     "Routing",
+    "SheetBox",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
     "compress",
+    "contact_sheet",
     "draw_text",
     "expert_mlp",
     "global_attention",

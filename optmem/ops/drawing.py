@@ -1,9 +1,12 @@
-"""Operators from text to pixels: draw_text and resample."""
+"""Operators from text to pixels: draw_text, resample and contact_sheet."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,9 +113,14 @@ def _resample_cpu(images: Tensor, height: int, width: int) -> Tensor:
     return out
 
 
+def _has_cuda() -> bool:
+    """Whether the CUDA module is here, and _cpu, which computes the weights."""
+    return native("_cuda").module is not None and native("_cpu").module is not None
+
+
 @torch.library.impl(library, "resample", "CUDA")
 def _resample_cuda(images: Tensor, height: int, width: int) -> Tensor:
-    if native("_cuda").module is None or native("_cpu").module is None:  # the weights are computed by _cpu
+    if not _has_cuda():
         return reference.resample(images, height, width)
     height_in, width_in = images.shape[1:3]
     if (height, width) == (height_in, width_in):
@@ -150,12 +158,127 @@ def _resample_fake(images: Tensor, height: int, width: int) -> Tensor:
     return images.new_empty((images.shape[0], height, width, images.shape[3]))
 
 
-def _describe_resample_cuda() -> Implementation:
-    for needed in (native("_cuda"), native("_cpu")):
-        if needed.module is None:
-            return Implementation("resample", "cuda", "reference", f"optmem.{needed.name}: {needed.reason}")
-    return Implementation("resample", "cuda", "cuda", "optmem._cuda")
+def _cuda_or_reference(operator: str) -> Callable[[], Implementation]:
+    def describe() -> Implementation:
+        for needed in (native("_cuda"), native("_cpu")):
+            if needed.module is None:
+                return Implementation(operator, "cuda", "reference", f"optmem.{needed.name}: {needed.reason}")
+        return Implementation(operator, "cuda", "cuda", "optmem._cuda")
+
+    return describe
 
 
 described.append(cpp_or_reference("resample"))
-described.append(_describe_resample_cuda)
+described.append(_cuda_or_reference("resample"))
+
+
+# --- contact_sheet ------------------------------------------------------------------------------------------------------------
+
+library.define("contact_sheet(Tensor[] pages, int[] boxes, int size) -> Tensor")
+
+
+class SheetBox(NamedTuple):
+    """Where a page lies on a sheet, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def contact_sheet(pages: Sequence[Tensor], boxes: Sequence[SheetBox], size: int) -> Tensor:
+    """Several pages on one white square, each resampled into its box as `resample` does, bit for bit.
+
+    pages   uint8 [H, W, C] each      C is 1 or 3; a grey page among pages in colour is drawn in three equal channels
+    boxes   one for every page, inside the sheet; none overlaps another
+    -> uint8 [size, size, C]          C is 3 where any page's is
+
+    Raises InputError where a type, a shape, a size or a box is not one of these.
+    """
+    if len(pages) != len(boxes) or not pages:
+        raise InputError(f"contact_sheet: pages and boxes must be as many, and at least one, got {len(pages)} and {len(boxes)}")
+    if not 1 <= size <= MAX_SIDE:
+        raise InputError(f"contact_sheet: size must be 1 to {MAX_SIDE} pixels, got {size}")
+    for page in pages:
+        check(page.dtype == torch.uint8, f"contact_sheet: pages must be torch.uint8, got {page.dtype}")
+        check(page.device == pages[0].device, f"contact_sheet: pages must be on one device, got {page.device}")
+        if page.dim() != 3 or page.shape[2] not in (1, 3) or not all(1 <= side <= MAX_SIDE for side in page.shape[:2]):
+            wanted = f"[H, W, C] with C 1 or 3 and sides of 1 to {MAX_SIDE}"
+            raise InputError(f"contact_sheet: pages must be {wanted}, got {list(page.shape)}")
+    sheet: Tensor = torch.ops.optmem.contact_sheet(list(pages), [side for box in boxes for side in box], size)
+    return sheet
+
+
+def _checked(sides: Sequence[int], size: int) -> list[SheetBox]:
+    """As contact_sheet was given them, from what a schema can hold: inside the sheet, and apart.  No graph can sort them."""
+    boxes = [SheetBox(*sides[at : at + 4]) for at in range(0, len(sides), 4)]
+    above: list[SheetBox] = []  # of those before it, the ones that reach down to this one's top
+    for box in sorted(boxes):
+        top, left, height, width = box
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > size or left + width > size:
+            raise InputError(f"contact_sheet: a box must lie inside the sheet of {size}, got {tuple(box)}")
+        if height * width * 3 >= 2**31:
+            raise InputError(f"contact_sheet: {height}x{width} pixels are too many for one page")
+        above = [other for other in above if other.top + other.height > top]
+        for other in above:
+            if other.left < left + width and left < other.left + other.width:
+                raise InputError(f"contact_sheet: boxes must not overlap, got {tuple(other)} and {tuple(box)}")
+        above.append(box)
+    return boxes
+
+
+@torch.library.impl(library, "contact_sheet", "CPU")
+def _contact_sheet_cpu(pages: list[Tensor], boxes: list[int], size: int) -> Tensor:
+    return reference.contact_sheet(pages, _checked(boxes, size), size, _resample_cpu)
+
+
+@torch.library.impl(library, "contact_sheet", "CUDA")
+def _contact_sheet_cuda(pages: list[Tensor], boxes: list[int], size: int) -> Tensor:
+    placed = _checked(boxes, size)
+    if not _has_cuda():
+        return reference.contact_sheet(pages, placed, size)
+    sheet = _contact_sheet_fake(pages, boxes, size).fill_(reference.PAPER)
+    with torch.cuda.device(sheet.device):
+        plan = sheet_plan(tuple(page.shape for page in pages), tuple(placed), sheet.device)
+        pixels = torch.cat([page.flatten() for page in pages])
+        pointers = (tensor.data_ptr() for tensor in (pixels, plan.coefficients, plan.pages, sheet))
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda = native("_cuda").require()
+        cuda.contact_sheet(*pointers, len(pages), size, sheet.shape[2], plan.most_values, stream)
+    return sheet
+
+
+class SheetPlan(NamedTuple):
+    """What the kernel is told of a sheet, but for the pixels."""
+
+    coefficients: Tensor  # int32: of every axis its bounds [size, 2], then its weights [size, taps]
+    pages: Tensor  # int64 [N, 13], the columns of SheetPage in csrc/contact_sheet_pixel.h
+    most_values: int  # of a page on the sheet
+
+
+@lru_cache(maxsize=64)
+def sheet_plan(shapes: tuple[tuple[int, int, int], ...], boxes: tuple[SheetBox, ...], device: torch.device) -> SheetPlan:
+    """For pages of these shapes, one behind the other in memory; kept, where a captured graph may read it again."""
+    placed = list(zip(shapes, boxes, strict=True))
+    axes = dict.fromkeys(axis for (height, width, _), box in placed for axis in ((height, box.height), (width, box.width)))
+    tables = [native("_cpu").require().resample_coefficients(*axis) for axis in axes]
+    starts = accumulate((bounds.size + weights.size for bounds, weights in tables), initial=0)
+    places = {axis: (start, weights.shape[1]) for axis, start, (_, weights) in zip(axes, starts, tables, strict=False)}
+    rows, pixels = list[tuple[int, ...]](), 0
+    for (height, width, channels), box in placed:
+        height_first = reference.resample_order(height, width, box.height, box.width)[0] == 1
+        down, across = places[height, box.height], places[width, box.width]
+        rows.append((pixels, height, width, channels, *box, int(height_first), *down, *across))
+        pixels += height * width * channels
+    coefficients = torch.cat([torch.from_numpy(part).flatten() for table in tables for part in table])
+    most = max(box.height * box.width * shape[2] for shape, box in placed)
+    return SheetPlan(coefficients.to(device), torch.tensor(rows, dtype=torch.int64).to(device), most)
+
+
+@torch.library.register_fake("optmem::contact_sheet")
+def _contact_sheet_fake(pages: list[Tensor], boxes: list[int], size: int) -> Tensor:
+    return pages[0].new_empty((size, size, max(page.shape[2] for page in pages)))
+
+
+described.append(cpp_or_reference("contact_sheet"))
+described.append(_cuda_or_reference("contact_sheet"))
