@@ -4,6 +4,9 @@ The Triton kernel runs on the GPU, or in the interpreter where there is none: a 
 """
 
 import itertools
+import subprocess
+import sys
+import types
 from importlib import import_module
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 from optmem import ops, reference
 from optmem.errors import InputError
 from optmem.kernels.launch import ATTENTION_NARROW, ATTENTION_WIDE, WIDEST_HEAD, attention_tile, attention_tiles
-from optmem.ops import vision
+from optmem.ops import attending
+from optmem.ops.attending import AttentionCall, attention_server
 from optmem.testing import assert_close, assert_equal, attention_inputs, every_other, fenced, generator, guarded
 
 CPU = torch.device("cpu")
@@ -94,17 +98,177 @@ def test_triton_reads_no_key_that_no_query_sees():
 
 def test_wider_heads_are_torchs():
     inputs = attention_inputs(1, 3, 4, (2, 1), WIDEST_HEAD + 8, torch.float32, DEVICE)
-    assert_equal(vision._attention_cuda(*inputs, 2), vision._attention(*inputs, 2))
+    assert_equal(attending._attention_cuda(*inputs, 2), attending._attention(*inputs, 2))
 
 
 def test_cuda_takes_the_kernel(monkeypatch):
     asked = []
     monkeypatch.setattr(triton_kernel(), "attention", lambda *arguments: asked.append(arguments))
     inputs = attention_inputs(2, 5, 7, (4, 2), 8, torch.float32, DEVICE)
-    out = vision._attention_cuda(*inputs, 3)
+    out = attending._attention_cuda(*inputs, 3)
     ((*given, prefix, target),) = asked
     assert all(a is b for a, b in zip(given, inputs, strict=True))
     assert (prefix, target.data_ptr()) == (3, out.data_ptr())
+
+
+# --- flash-attn ---------------------------------------------------------------------------------------------------------------
+
+HALF = AttentionCall(torch.bfloat16, 64, 257, 257, 257)
+
+
+@pytest.mark.parametrize(
+    ("call", "server"),
+    [
+        (HALF, "flash-attn"),
+        (HALF._replace(dtype=torch.float16), "flash-attn"),
+        (HALF._replace(dtype=torch.float32), "triton"),
+        (HALF._replace(prefix=0), "flash-attn"),  # causal
+        (HALF._replace(num_keys=300, prefix=0), "flash-attn"),  # the last of a longer sequence
+        (HALF._replace(num_keys=300, prefix=44), "flash-attn"),  # a prefix that ends with the first query
+        (HALF._replace(num_keys=300, prefix=45), "triton"),  # the first query sees one key behind it
+        (HALF._replace(prefix=128), "triton"),  # the second generation's mixed mask
+        (HALF._replace(prefix=256), "triton"),  # all but one
+        (HALF._replace(num_queries=1), "triton"),
+        (HALF._replace(head_dim=128), "flash-attn"),
+        (HALF._replace(head_dim=256), "flash-attn"),  # wider than our own kernel takes
+        (HALF._replace(head_dim=264), "torch"),
+        (HALF._replace(head_dim=68), "triton"),
+        (HALF._replace(head_dim=200, dtype=torch.float32), "torch"),
+    ],
+)  # fmt: skip
+def test_who_serves_a_call(call, server):
+    assert attention_server(call, has_flash=True, has_triton=True) == server
+    own = "triton" if call.head_dim <= WIDEST_HEAD else "torch"
+    assert attention_server(call, has_flash=False, has_triton=True) == own
+    assert attention_server(call, has_flash=False, has_triton=False) == "torch"
+    assert attention_server(call, has_flash=True, has_triton=False) == ("flash-attn" if server == "flash-attn" else "torch")
+
+
+def test_what_is_called_full_and_causal_is_what_the_mask_says():
+    for num_keys, num_queries in itertools.product(range(1, 7), repeat=2):
+        for prefix in range(num_keys + 1) if num_queries <= num_keys else ():
+            mask = reference.attention_mask(num_queries, num_keys, prefix, CPU)
+            call = HALF._replace(num_queries=num_queries, num_keys=num_keys, prefix=prefix)
+            assert call.is_causal == torch.equal(mask, reference.attention_mask(num_queries, num_keys, 0, CPU))
+            assert bool(mask.all()) == (call.is_full or num_queries == 1)
+
+
+class StandIn(types.ModuleType):
+    """In the place of flash-attn, which is not installed here: the signature of its function and its meaning, in torch.
+
+    It says nothing of the package itself.  Sequences are packed one behind the other, and a causal mask ends with the last query
+    at the last key.
+    """
+
+    __version__ = "0.0"
+
+    def __init__(self):
+        super().__init__("flash_attn")
+        self.asked = []
+
+    def flash_attn_varlen_func(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):  # fmt: skip
+        assert q.dim() == k.dim() == v.dim() == 3
+        assert q.stride(2) == k.stride(2) == v.stride(2) == 1
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert dropout_p == 0
+        self.asked.append((q, k, v))
+        groups, out = q.shape[1] // k.shape[1], torch.full_like(q, torch.nan)
+        edges = (list(itertools.pairwise(edges.tolist())) for edges in (cu_seqlens_q, cu_seqlens_k))
+        for (first, end), (first_key, end_key) in zip(*edges, strict=True):
+            assert end - first <= max_seqlen_q
+            assert end_key - first_key <= max_seqlen_k
+            keys, values = (x[first_key:end_key].double().repeat_interleave(groups, 1) for x in (k, v))
+            logits = torch.einsum("qhd,khd->hqk", q[first:end].double(), keys) * softmax_scale
+            if causal:
+                seen = torch.ones(end - first, end_key - first_key).tril(end_key - first_key - (end - first)).bool()
+                logits = logits.masked_fill(~seen, -torch.inf)
+            out[first:end] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype)
+        return out
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    attending.flash_attn.cache_clear()
+    yield module
+    attending.flash_attn.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "num_queries", "num_keys", "heads", "prefix"),
+    [(2, 65, 65, (2, 2), 65), (3, 33, 33, (3, 1), 0), (2, 5, 17, (4, 2), 0), (1, 5, 17, (4, 2), 13), (0, 4, 4, (1, 1), 4)],
+)
+def test_what_flash_attn_is_asked(stand_in, dtype, batch, num_queries, num_keys, heads, prefix):
+    """The arguments, through a stand-in.  The package itself has not run here."""
+    inputs = attention_inputs(batch, num_queries, num_keys, heads, 16, dtype, CPU)
+    call = AttentionCall(dtype, 16, num_queries, num_keys, prefix)
+    server = attention_server(call, has_flash=True, has_triton=True)
+    assert server == "flash-attn"
+    mixed = attending.serve_attention(server, *inputs, prefix)
+    exact = reference.attention(*(tensor.double() for tensor in inputs), prefix)
+    assert_close(mixed, reference.attention(*inputs, prefix), exact=exact)
+    assert len(stand_in.asked) == (batch > 0)
+
+
+def test_flash_attn_is_given_slices_as_they_are(stand_in):
+    qkv = torch.randn(2, 9, 3, 2, 8, generator=generator("slices")).bfloat16()
+    mixed = attending.serve_attention("flash-attn", *qkv.unbind(2), 9)
+    assert [each.data_ptr() for each in stand_in.asked[0]] == [each.data_ptr() for each in qkv.unbind(2)]
+    assert mixed.is_contiguous()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_says_that_flash_attn_serves_it(caplog):
+    pytest.importorskip("triton")
+    with caplog.at_level("INFO"):
+        row = attending._attention_served()
+    assert (row.name, row.reason[:5]) == ("flash-attn", "0.0: ")
+    assert "kernels/attention.py up to 128, scaled_dot_product_attention" in row.reason
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention: flash-attn 0.0 serves full and causal attention in 16 bits on CUDA"
+    ]
+
+
+def test_a_flash_attn_that_does_not_load_is_said(tmp_path, monkeypatch, caplog):
+    """Built for another torch, as it often is: the package is there, and its import fails."""
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    attending.flash_attn.cache_clear()
+    try:
+        row = attending._attention_served()
+    finally:
+        attending.flash_attn.cache_clear()
+    assert row.name != "flash-attn"
+    assert row.reason.endswith("; flash-attn does not load: undefined symbol: _ZN3c10")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_flash_attn_is_not_imported_with_the_package(tmp_path):
+    """One that ends the process when it is imported: the package lives, asking who serves does not."""
+    (tmp_path / "flash_attn.py").write_text("raise SystemExit(3)")
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import optmem; from optmem import ops"
+    for code, ends in ((before, 0), (f"{before}; ops.implementations()", 3)):
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == ends
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or attending.flash_attn().module is None, reason="no GPU with flash-attn")
+@pytest.mark.parametrize(("num_queries", "num_keys", "prefix"), [(257, 257, 257), (129, 129, 0), (5, 300, 0)])
+def test_flash_attn_itself(num_queries, num_keys, prefix):
+    inputs = attention_inputs(2, num_queries, num_keys, (4, 2), 64, torch.bfloat16, DEVICE)
+    exact = reference.attention(*(tensor.double() for tensor in inputs), prefix)
+    mixed = attending.serve_attention("flash-attn", *inputs, prefix)
+    assert_close(mixed, reference.attention(*inputs, prefix), exact=exact)
+    alone = [tensor[1:] for tensor in inputs]
+    assert_equal(attending.serve_attention("flash-attn", *alone, prefix), mixed[1:])  # no batch mates
+
+
+# --- the kernel's tiles -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -194,6 +358,7 @@ def test_compiles_into_one_graph():
     assert_equal(compiled(*inputs, 3), ops.attention(*inputs, 3))
 
 
+@pytest.mark.skipif(attending.flash_attn().module is not None, reason="flash-attn is installed, and serves it")
 def test_says_who_serves_it():
     rows = {row.device: row.name for row in ops.implementations() if row.operator == "attention"}
     pytest.importorskip("triton")

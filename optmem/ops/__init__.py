@@ -4,6 +4,7 @@ A function here checks what a caller can get wrong and calls ``torch.ops.optmem.
 graphs all understand.  What the operator means is written in reference.py; the C++ is in csrc/, the Triton in kernels/.
 """
 
+from optmem.ops.attending import attention
 from optmem.ops.decoding import (
     PAGE_UNIT,
     CacheScales,
@@ -19,7 +20,7 @@ from optmem.ops.linear import Activation, linear, linear_rows
 from optmem.ops.norm import add_layer_norm, layer_norm
 from optmem.ops.picking import pick_token
 from optmem.ops.registry import Implementation, implementations
-from optmem.ops.vision import attention, compress, global_attention, patch_embed, window_attention
+from optmem.ops.vision import compress, global_attention, patch_embed, window_attention
 
 __all__ = [
     "MAX_SIDE",

@@ -237,7 +237,7 @@ def _contact_sheet_cuda(pages: list[Tensor], boxes: list[int], size: int) -> Ten
     placed = _checked(boxes, size)
     if not _has_cuda():
         return reference.contact_sheet(pages, placed, size)
-    sheet = _contact_sheet_fake(pages, boxes, size).fill_(reference.PAPER)
+    sheet: Tensor = _contact_sheet_fake(pages, boxes, size).fill_(reference.PAPER)
     with torch.cuda.device(sheet.device):
         plan = sheet_plan(tuple(page.shape for page in pages), tuple(placed), sheet.device)
         pixels = torch.cat([page.flatten() for page in pages])

@@ -1,4 +1,4 @@
-"""Operators of the vision encoder: patch_embed, attention in its three forms, and compress."""
+"""Operators of the vision encoder: patch_embed, attention over grids in its two forms, and compress."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from optmem import blockwise, reference
-from optmem.errors import InputError
-from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD, WIDEST_HEAD, WIDEST_WINDOW
+from optmem.kernels.launch import WIDEST_GRID, WIDEST_GRID_HEAD, WIDEST_WINDOW
 from optmem.native import native
 from optmem.ops.registry import (
     Implementation,
@@ -97,87 +96,6 @@ def _patch_embed_fake(pixels: Tensor, weight: Tensor, bias: Tensor, positions: T
 differentiate("patch_embed", reference.patch_embed)
 described.append(lambda: Implementation("patch_embed", "cpu", "reference", "plain torch, where a projection is already good"))
 described.append(triton_or_reference("patch_embed"))
-
-
-# --- attention ----------------------------------------------------------------------------------------------------------------
-
-library.define("attention(Tensor query, Tensor key, Tensor value, int prefix) -> Tensor")
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
-    """Scaled dot-product attention: query i stands at place S - T + i and sees the first `prefix` keys and all up to its place.
-
-    query       [B, T, H, d]     fp32, bf16 or fp16; so are key and value
-    key, value  [B, S, K, d]     S >= T; H a multiple of K, of which H / K neighbours share one
-    prefix      S: everything is seen (CLIP).  0: causal.  n: n image tokens, then queries in order (the second generation)
-    -> [B, T, H, d]
-
-    Raises InputError where shapes, types or devices do not fit together.
-    """
-    check(query.dim() == 4, f"attention: query must be [B, T, H, d], got {list(query.shape)}")
-    batch, num_queries, heads, head_dim = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        check(
-            tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[3] == head_dim,
-            f"attention: {name} must be [{batch}, S, K, {head_dim}], got {list(tensor.shape)}",
-        )
-    check(key.shape == value.shape, f"attention: key is {list(key.shape)}, but value is {list(value.shape)}")
-    num_keys, kv_heads = key.shape[1:3]
-    check(kv_heads > 0 and heads % kv_heads == 0, f"attention: {kv_heads} heads of keys cannot serve {heads} heads of queries")
-    check(num_keys >= num_queries, f"attention: {num_queries} queries cannot be the last of {num_keys} keys")
-    if not 0 <= prefix <= num_keys:  # no message of a number that a graph may not know
-        raise InputError(f"attention: prefix must be 0 to {num_keys}, got {prefix}")
-    check_same_kind("attention", query=query, key=key, value=value)
-    # Slices of one projection stay as they are; only the numbers of a head must lie side by side.
-    inputs = [tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value)]
-    mixed: Tensor = torch.ops.optmem.attention(*inputs, prefix)
-    return mixed
-
-
-@torch.library.impl(library, "attention", "CompositeExplicitAutograd")
-def _attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
-    mask = None
-    if prefix < key.shape[1]:
-        mask = reference.attention_mask(query.shape[1], key.shape[1], prefix, query.device)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    # torch's own kernel: no logits in memory, strided inputs as they are
-    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    return mixed.transpose(1, 2).contiguous()
-
-
-def _attention_kernel_for(head_dim: int) -> ModuleType | None:
-    """The kernel that serves attention on CUDA, or None for torch's own.  Here alone it is decided.
-
-    Where bench/bench_gpu_vision.py measures flash-attn or torch's kernel faster for a kind of call, this is the place to say so.
-    """
-    return triton_module("attention") if head_dim <= WIDEST_HEAD else None
-
-
-@torch.library.impl(library, "attention", "CUDA")
-def _attention_cuda(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
-    kernel = _attention_kernel_for(query.shape[3])
-    if kernel is None:
-        return _attention(query, key, value, prefix)
-    out: Tensor = _attention_fake(query, key, value, prefix)
-    kernel.attention(query, key, value, prefix, out)
-    return out
-
-
-def _attention_served() -> Implementation:
-    if _attention_kernel_for(1) is None:
-        return Implementation("attention", "cuda", "torch", "scaled_dot_product_attention: triton is not installed")
-    reason = f"kernels/attention.py: heads up to {WIDEST_HEAD}; else scaled_dot_product_attention"
-    return Implementation("attention", "cuda", "triton", reason)
-
-
-@torch.library.register_fake("optmem::attention")
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-differentiate("attention", reference.attention)
-described.append(lambda: Implementation("attention", "cpu", "torch", "scaled_dot_product_attention"))
-described.append(_attention_served)
 
 
 # --- global_attention ---------------------------------------------------------------------------------------------------------
