@@ -15,6 +15,7 @@ import torch
 from optmem import ops, reference
 from optmem.errors import InputError
 from optmem.kernels.launch import ATTENTION_NARROW, ATTENTION_WIDE, WIDEST_HEAD, attention_tile, attention_tiles
+from optmem.native import native
 from optmem.ops import attending
 from optmem.ops.attending import AttentionCall, attention_server
 from optmem.testing import assert_close, assert_equal, attention_inputs, every_other, fenced, generator, guarded
@@ -344,6 +345,20 @@ def test_opcheck(prefix):
     )
 
 
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 101, 257])
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_all_see_all_in_16_bits(count, head_dim):
+    """What CLIP asks of a CPU: slices of one projection, and a page that holds a NaN beside one that does not."""
+    packed = torch.randn(2, count, 3, 2, head_dim, generator=generator(f"all {count} {head_dim}")).bfloat16()
+    query, key, value = packed.unbind(2)
+    exact = reference.attention(query.double(), key.double(), value.double(), count)
+    assert_close(ops.attention(query, key, value, count), reference.attention(query, key, value, count), exact=exact)
+    packed[1, -1] = torch.nan
+    mixed = ops.attention(query, key, value, count)
+    assert mixed[1].isnan().all()
+    assert_equal(mixed[0], ops.attention(query[:1], key[:1], value[:1], count)[0])
+
+
 def test_gradient_is_that_of_the_reference():
     inputs = [tensor.requires_grad_() for tensor in attention_inputs(2, 5, 7, (4, 2), 8, torch.float32, DEVICE)]
     weight = torch.randn(2, 5, 4, 8, generator=generator("gradient")).to(DEVICE)
@@ -362,4 +377,6 @@ def test_compiles_into_one_graph():
 def test_says_who_serves_it():
     rows = {row.device: row.name for row in ops.implementations() if row.operator == "attention"}
     pytest.importorskip("triton")
-    assert rows == {"cpu": "torch", "cuda": "triton"}
+    cpu = native("_cpu").module
+    has_cpp = cpu is not None and cpu.has_grid_attention(64)
+    assert rows == {"cpu": "cpp" if has_cpp else "torch", "cuda": "triton"}

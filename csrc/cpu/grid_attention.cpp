@@ -71,6 +71,7 @@ struct Table {
 };
 
 Table turned(const Bf16* table, int64_t side, int64_t dim) {
+  if (table == nullptr) return {};
   const int64_t places = 2 * side - 1, stride = places + 2 * kLanes;  // whole registers are read at any place
   Table out{std::vector<uint32_t>(static_cast<size_t>(dim / 2 * stride)), stride};
   for (int64_t place = 0; place < places; ++place) {
@@ -105,12 +106,14 @@ struct Plan {
             std::min(job.rows, job.height - top), std::min(job.columns, job.width - left)};
   }
 
+  bool has_biases() const { return job.toward_row != nullptr; }
+
   // Query, key or value (part 0, 1, 2) of a place in a window: the bias's where that is beyond the grid.
   const Bf16* at(const Window& window, int64_t row, int64_t column, int part) const {
-    const int64_t width = job.heads * job.dim;
     const bool is_inside = row < window.height && column < window.width;
     const int64_t place = (window.grid * job.height + window.top + row) * job.width + window.left + column;
-    return (is_inside ? job.qkv + place * 3 * width : job.bias) + part * width + window.head * job.dim;
+    const Bf16* parts[] = {job.queries, job.keys, job.values};
+    return (is_inside ? parts[part] + place * job.stride : job.bias + part * job.heads * job.dim) + window.head * job.dim;
   }
 };
 
@@ -306,6 +309,7 @@ OPTMEM_AVX512_BF16 void begin(const Plan& plan, const Window& window, int64_t fi
       scratch.most[at] = -std::numeric_limits<float>::infinity();
       scratch.total[at] = 0.0f;
     }
+    if (!plan.has_biases()) continue;  // they stay zero
     const uint32_t(*queries)[32] = scratch.queries + tile * kTile;
     const int pairs = static_cast<int>(job.dim / 2);
     relate(plan.toward_row, queries, pairs, from_row, job.rows, &scratch.toward_row[static_cast<size_t>(tile * kTile * rows)], rows);

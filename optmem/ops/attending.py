@@ -13,11 +13,13 @@ from torch import Tensor
 from optmem import reference
 from optmem.errors import InputError
 from optmem.kernels.launch import WIDEST_HEAD
-from optmem.native import NativeModule
+from optmem.native import NativeModule, native
 from optmem.ops.registry import (
     Implementation,
+    as_array,
     check,
     check_same_kind,
+    cpp_for,
     described,
     differentiate,
     library,
@@ -68,6 +70,16 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor
     # torch's own kernel: no logits in memory, strided inputs as they are
     mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return mixed.transpose(1, 2).contiguous()
+
+
+@torch.library.impl(library, "attention", "CPU")
+def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> Tensor:
+    cpu = cpp_for(query) if query.dtype == torch.bfloat16 and query.shape == key.shape and prefix == key.shape[1] else None
+    if cpu is None or not cpu.has_grid_attention(query.shape[3]) or not query.numel():
+        return _attention(query, key, value, prefix)
+    out: Tensor = _attention_fake(query, key, value, prefix)
+    cpu.attention(*map(as_array, (query, key, value, out)), torch.get_num_threads())
+    return out
 
 
 # --- who serves it on CUDA ------------------------------------------------------------------------------------------------------
@@ -165,6 +177,15 @@ def _by_flash_attn(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool
     return mixed.view(query.shape)
 
 
+def _attention_served_on_cpu() -> Implementation:
+    cpu = native("_cpu").module
+    if cpu is not None and cpu.has_grid_attention(64):
+        return Implementation(
+            "attention", "cpu", "cpp", "bf16 where all see all, heads up to 64; else scaled_dot_product_attention"
+        )
+    return Implementation("attention", "cpu", "torch", "scaled_dot_product_attention")
+
+
 def _attention_served() -> Implementation:
     """The rows of `optmem env`: the first that takes a call, and who takes the rest."""
     sdpa = "scaled_dot_product_attention"
@@ -186,5 +207,5 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, prefix: int) -> T
 
 
 differentiate("attention", reference.attention)
-described.append(lambda: Implementation("attention", "cpu", "torch", "scaled_dot_product_attention"))
+described.append(_attention_served_on_cpu)
 described.append(_attention_served)
