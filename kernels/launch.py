@@ -23,6 +23,8 @@ class GateCase(NamedTuple):
     options: dict[str, Any]  # constexprs, num_warps, num_stages
     tensor_cores: bool  # a dot of 16-bit operands: without HMMA or HGMMA it would run many times slower
     has_small_dots: bool = False  # of fewer than 64 rows, for which Hopper has no HGMMA: HMMA serves there too
+    wide_loads: int | None = None  # of 16 bytes, that a thread makes in a step of the innermost loop: where memory is the limit
+    most_registers: int = 255  # of a thread on sm_90: what as many programs of a multiprocessor as are meant leave for each
 
 
 # --- attention over grids -------------------------------------------------------------------------------------------------------
@@ -292,12 +294,15 @@ def paged_tile(head_dim: int, itemsize: int, *, is_prompt: bool, is_8bit: bool =
 
     Blocks of 8 KiB of keys and as much of values: 128 registers a thread on sm_90, so that four programs of a multiprocessor have
     64 KiB on their way.  More stages or wider blocks took 210 registers and more, and had no more on its way.
+
+    8 bits in one stage: with a pipeline's masks and addresses a step of 32 keys of 128 channels takes 230 registers (245 on sm_80)
+    and 739 instructions; without, 125 (128) and 567.  Four programs where two were, and values come 16 bytes at once, not 8.
     """
-    row = power_of_two(max(16, head_dim)) * itemsize  # bytes
-    if not is_prompt:
-        keys = (
-            16 if itemsize == 4 else max(16, min(32 if row >= 128 else 64, 8192 // row))
-        )  # plain FMAs, and heads of 64, spill with more
+    row = power_of_two(max(16, head_dim)) * itemsize  # bytes of a query
+    if not is_prompt and is_8bit and itemsize == 2:
+        return PagedTile(PAGED_FEW, max(16, min(64, 8192 // row)), num_warps=4, num_stages=1)
+    if not is_prompt:  # plain FMAs, and heads of 64, spill with more keys
+        keys = 16 if itemsize == 4 else max(16, min(32 if row >= 128 else 64, 8192 // row))
         return PagedTile(PAGED_FEW, keys, num_warps=4, num_stages=3)
     return PagedTile(
         64 if itemsize == 2 and row <= 256 else 16,

@@ -87,14 +87,16 @@ def block_step(
     o_nd = ((b_page.to(tl.int64) * PAGE + o_n % PAGE) * H * D)[:, None] + o_d[None, :]
     b_k = tl.load(p_keys + o_nd, mask=m_nd, other=0)  # [BLOCK_N, BLOCK_D]
     b_v = tl.load(p_values + o_nd, mask=m_nd, other=0)  # [BLOCK_N, BLOCK_D]
-    if key_scales is not None:  # steps of int8 are exact in any of the types
+    if key_scales is not None:  # steps of int8 are exact in any of the types; their scales are on the way with them
+        o_scale = (b_page.to(tl.int64) * PAGE + o_n % PAGE) * H + i_h
+        b_key_scale = tl.load(key_scales + o_scale, mask=m_n & m_page, other=0.0)  # [BLOCK_N]
+        b_value_scale = tl.load(value_scales + o_scale, mask=m_n & m_page, other=0.0)  # [BLOCK_N]
         b_k = b_k.to(tl.float32).to(b_q.dtype)
         b_v = b_v.to(tl.float32).to(b_q.dtype)
     m_sees = (o_n[None, :] <= i_m[:, None]) & ((o_n < prompt)[None, :] | (o_n[None, :] > i_m[:, None] - window))
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
     if key_scales is not None:
-        o_scale = (b_page.to(tl.int64) * PAGE + o_n % PAGE) * H + i_h
-        b_score *= tl.load(key_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
+        b_score *= b_key_scale[None, :]
     b_score = tl.where(m_sees, b_score, -float("inf"))  # [BLOCK_M, BLOCK_N]
     b_new = tl.maximum(b_max, tl.max(b_score, axis=1))
     b_base = tl.where(b_new == -float("inf"), 0.0, b_new)  # rows that have seen nothing yet
@@ -102,7 +104,7 @@ def block_step(
     b_decay = tl.exp2(b_max - b_base)
     b_new_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
     if key_scales is not None:
-        b_p *= tl.load(value_scales + o_scale, mask=m_n & m_page, other=0.0)[None, :]
+        b_p *= b_value_scale[None, :]
     b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
     return b_new, b_new_sum, b_out, b_lost | (m_n & (m_page == 0))
 
@@ -349,7 +351,7 @@ def specialise_chunk(inputs: Inputs, mixed: Tensor, stats: Tensor, plan: PagedPl
     queries, keys, _, table = inputs[:4]
     tokens, _, dim = queries.shape
     sizes = (tokens, plan.chunks, plan.few, table.shape[1], keys.shape[0], min(window or ENDLESS, ENDLESS))
-    tile = paged_tile(dim, queries.element_size(), is_prompt=False)
+    tile = paged_tile(dim, queries.element_size(), is_prompt=False, is_8bit=inputs[7] is not None)
     options = {"CHUNK": PAGED_CHUNK, **_sizes(inputs), **tile._asdict()}
     return (*inputs, mixed, stats, *sizes, scale * LOG2_E), options
 
@@ -365,6 +367,13 @@ def specialise_prompt(inputs: Inputs, out: Tensor, plan: PagedPlan, window: int,
     tokens = queries.shape[0]
     sizes = (tokens, table.shape[0], plan.few, table.shape[1], keys.shape[0], min(window or ENDLESS, ENDLESS))
     return (*inputs, out, *sizes, scale * LOG2_E), {**_sizes(inputs), **tile._asdict()}
+
+
+def _wide_loads(keys: Tensor, launch: Launch) -> int:
+    """Of a thread in a step, when keys and values come 16 bytes at once."""
+    options = launch[1]
+    moved: int = 2 * options["BLOCK_N"] * options["BLOCK_D"] * keys.element_size()
+    return moved // (16 * 32 * options["num_warps"])
 
 
 def gate_cases() -> Iterator[GateCase]:
@@ -386,9 +395,25 @@ def gate_cases() -> Iterator[GateCase]:
         stats = torch.empty(plan.rows, plan.chunks, heads, 2, device="meta")
         name, is_half = f"{str(dtype).removeprefix('torch.')}-H{heads}-D{dim}{'-8bit' * is_eight}", dtype.itemsize == 2
         chunk = specialise_chunk(inputs, mixed, stats, plan, 0, dim**-0.5)
-        yield GateCase(f"chunk-{name}", paged_chunk_kernel, *chunk, tensor_cores=is_half, has_small_dots=True)
+        is_wide = dim % 16 == 0  # else single values are loaded
+        yield GateCase(
+            f"chunk-{name}",
+            paged_chunk_kernel,
+            *chunk,
+            tensor_cores=is_half,
+            has_small_dots=True,
+            wide_loads=_wide_loads(keys, chunk) if is_wide else None,
+            most_registers=128 if is_wide else 255,  # four programs
+        )
         combine = specialise_combine(inputs, mixed, stats, out, plan, 0)
         if not is_eight:  # it reads neither keys nor values
             yield GateCase(f"combine-{name}", paged_combine_kernel, *combine, tensor_cores=False)
         prompt = specialise_prompt(inputs, out, plan, 0, dim**-0.5, tile)
-        yield GateCase(f"prompt-{name}", paged_prompt_kernel, *prompt, tensor_cores=is_half, has_small_dots=tile.BLOCK_M < 64)
+        yield GateCase(
+            f"prompt-{name}",
+            paged_prompt_kernel,
+            *prompt,
+            tensor_cores=is_half,
+            has_small_dots=tile.BLOCK_M < 64,
+            wide_loads=_wide_loads(keys, prompt) if is_wide and not is_eight else None,
+        )

@@ -83,14 +83,22 @@ class MachineCode:
     local_accesses: int  # LDL and STL instructions
     tensor_core: int  # HMMA or HGMMA instructions
     shared: int  # bytes of a block
+    slower: int = 0  # HMMA instructions where HGMMA is meant
+    wide_loads: int = 0  # of 16 bytes, in the innermost loop that has any
 
-    def faults(self, *, tensor_cores):
+    def faults(self, *, tensor_cores, wide_loads=None, most_registers=255):
         if self.stack or self.local_accesses:
             yield f"{self.stack} bytes of stack and {self.local_accesses} accesses to local memory: a spill"
         if self.shared > SHARED_LIMIT[self.arch]:
             yield f"{self.shared} bytes of shared memory, and sm_{self.arch} has {SHARED_LIMIT[self.arch]}"
         if tensor_cores and not self.tensor_core:
             yield f"a dot of 16-bit operands, and no {TENSOR_CORE[self.arch]}"
+        if tensor_cores and self.slower:
+            yield f"{self.slower} HMMA beside HGMMA: one of the dots is at half speed"
+        if wide_loads is not None and self.wide_loads != wide_loads:
+            yield f"{self.wide_loads} loads of 16 bytes in a step, where {wide_loads} are meant: the others are narrower"
+        if self.arch == 90 and self.registers > most_registers:
+            yield f"{self.registers} registers, where {most_registers} are meant: fewer programs on a multiprocessor"
 
 
 def build(kernel, arguments, options, folder, *, has_small_dots=False):
@@ -103,8 +111,27 @@ def build(kernel, arguments, options, folder, *, has_small_dots=False):
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     sass = run_tool("nvdisasm", "-c", "-ndf", cubin)  # no analysis of data flow, which takes as long as all the rest
     products = "HMMA" if has_small_dots else TENSOR_CORE[arch]
-    local_accesses, tensor_core = (len(re.findall(rf"\b(?:{name})\b", sass)) for name in ("LDL|STL", products))
-    return MachineCode(arch, registers, stack, local_accesses, tensor_core, compiled.metadata.shared)
+    local_accesses, hmma, tensor_core = (len(re.findall(rf"\b(?:{name})\b", sass)) for name in ("LDL|STL", "HMMA", products))
+    slower = hmma if products == "HGMMA" else 0
+    return MachineCode(
+        arch, registers, stack, local_accesses, tensor_core, compiled.metadata.shared, slower, wide_loads_of_a_step(sass)
+    )
+
+
+def wide_loads_of_a_step(sass):
+    """Loads of 16 bytes from global memory, into registers or shared memory, in the shortest loop that has any."""
+    labels, code, found = {}, [], [(0, 0)]
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if target and target[1] in labels:  # a branch back
+                body = code[labels[target[1]] :]
+                loads = sum(bool(re.search(r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b", each)) for each in body)
+                found += [(len(body), loads)] if loads else []
+    return min(found[1:] or found)[1]
 
 
 def run_tool(name, *arguments):
@@ -116,7 +143,8 @@ def test_triton(case, arch, tmp_path):
     code = build(case.kernel, case.arguments, case.options, tmp_path, has_small_dots=case.has_small_dots)
     print(code)
     assert code.arch == arch
-    assert not list(code.faults(tensor_cores=case.tensor_cores))
+    wanted = {"tensor_cores": case.tensor_cores, "wide_loads": case.wide_loads, "most_registers": case.most_registers}
+    assert not list(code.faults(**wanted))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -156,13 +184,35 @@ def test_the_gate_catches_a_spill(tmp_path):
         ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory"),
         ({"arch": 80, "shared": 164 * 1024}, "sm_80 has 166912"),
         ({"tensor_core": 0}, "no HGMMA"),
+        ({"slower": 8}, "8 HMMA beside HGMMA"),
+        ({"wide_loads": 4}, "4 loads of 16 bytes in a step, where 8 are meant"),
+        ({"registers": 129}, "129 registers, where 128 are meant"),
     ],
 )
 def test_the_gate_catches(figures, words):
-    good = {"arch": 90, "registers": 255, "stack": 0, "local_accesses": 0, "tensor_core": 1, "shared": 163 * 1024}
-    assert not list(MachineCode(**good).faults(tensor_cores=True))
-    (fault,) = MachineCode(**{**good, **figures}).faults(tensor_cores=True)
+    good = {"arch": 90, "registers": 128, "stack": 0, "local_accesses": 0, "tensor_core": 1, "shared": 163 * 1024, "wide_loads": 8}
+    wanted = {"tensor_cores": True, "wide_loads": 8, "most_registers": 128}
+    assert not list(MachineCode(**good).faults(**wanted))
+    (fault,) = MachineCode(**{**good, **figures}).faults(**wanted)
     assert words in fault
+
+
+@triton.jit
+def rows_kernel(x, y, N, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for row in range(N):
+        b_sum += tl.load(x + row * STRIDE + tl.arange(0, BLOCK))
+    tl.store(y + tl.arange(0, BLOCK), b_sum)
+
+
+@pytest.mark.usefixtures("arch")
+@pytest.mark.parametrize(("stride", "wide"), [(1024, 2), (1022, 0)])
+def test_the_gate_counts_wide_loads(stride, wide, tmp_path):
+    """1,024 numbers in 128 threads are two loads of 16 bytes, unless a row may begin anywhere."""
+    tensors = (torch.empty(0, device="meta"), torch.empty(0, device="meta"))
+    options = {"STRIDE": stride, "BLOCK": 1024, "num_warps": 4}
+    code = build(rows_kernel, (*tensors, 7), options, tmp_path)
+    assert code.wide_loads == wide
 
 
 # --- CUDA C++ -----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Shapes are those of the three public models and of nano: views of every size in 
 and prompts beside them.  A launch is compared with the gate's cases by its kernel, the width of its numbers and its tile.
 """
 
+import itertools
 from importlib import import_module
 from pathlib import Path
 
@@ -157,11 +158,13 @@ def rope_cache(dtype):
 
 def paged_attention(dtype):
     module = MODULES["paged_attention"]
-    for text in (model.decoder for model in MODELS):
-        queries, cells = meta(80, text.heads, text.head_dim, dtype=dtype), meta(2, 16, text.heads, text.head_dim, dtype=dtype)
+    for text, is_8bit in itertools.product((model.decoder for model in MODELS), {False, dtype.itemsize == 2}):
+        queries = meta(80, text.heads, text.head_dim, dtype=dtype)
+        cells = meta(2, 16, text.heads, text.head_dim, dtype=torch.int8 if is_8bit else dtype)
+        scales = meta(2, 16, text.heads, dtype=torch.float32) if is_8bit else None
         told = [meta(size, dtype=torch.int64) for size in (5, 4, 4)]
-        inputs = (queries, cells, cells, meta(4, 20, dtype=torch.int32), *told, None, None)
-        tile = launch.paged_tile(text.head_dim, dtype.itemsize, is_prompt=True)
+        inputs = (queries, cells, cells, meta(4, 20, dtype=torch.int32), *told, scales, scales)
+        tile = launch.paged_tile(text.head_dim, dtype.itemsize, is_prompt=True, is_8bit=is_8bit)
         plan = launch.paged_plan(80, 4, 320, tile.BLOCK_M)
         mixed = meta(1, dtype=torch.float32)
         yield module.paged_chunk_kernel, *module.specialise_chunk(inputs, mixed, mixed, plan, 0, 1.0)

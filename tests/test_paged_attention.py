@@ -286,8 +286,9 @@ def test_what_cuda_runs():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("head_dim", [1, 24, 31, 64, 128, 200, 256, 512])
 @pytest.mark.parametrize("is_prompt", [False, True])
-def test_the_tiles_keep_their_promises(itemsize, head_dim, is_prompt):
-    tile = paged_tile(head_dim, itemsize, is_prompt=is_prompt)
+@pytest.mark.parametrize("is_8bit", [False, True])
+def test_the_tiles_keep_their_promises(itemsize, head_dim, is_prompt, is_8bit):
+    tile = paged_tile(head_dim, itemsize, is_prompt=is_prompt, is_8bit=is_8bit)
     assert PAGED_CHUNK % tile.BLOCK_N == 0
     assert tile.BLOCK_M >= 16
     assert tile.BLOCK_N >= 16  # what a dot needs
