@@ -25,6 +25,7 @@ class GateCase(NamedTuple):
     has_small_dots: bool = False  # of fewer than 64 rows, for which Hopper has no HGMMA: HMMA serves there too
     wide_loads: int | None = None  # of 16 bytes, that a thread makes in a step of the innermost loop: where memory is the limit
     most_registers: int = 255  # of a thread on sm_90: what as many programs of a multiprocessor as are meant leave for each
+    least_arch: int = 80  # the first that has the types
 
 
 # --- attention over grids -------------------------------------------------------------------------------------------------------
@@ -385,24 +386,57 @@ EXPERT_FEW = ExpertTile(16, 64, 128, num_warps=4, num_stages=3)  # bound by memo
 EXPERT_SOME = ExpertTile(64, 64, 64, num_warps=4, num_stages=3)
 EXPERT_MANY = ExpertTile(128, 64, 64, num_warps=8, num_stages=3)
 EXPERT_FP32 = ExpertTile(16, 32, 32, num_warps=4, num_stages=2)
+EXPERT_E4M3 = tuple(tile._replace(BLOCK_K=2 * tile.BLOCK_K) for tile in (EXPERT_FEW, EXPERT_SOME, EXPERT_MANY))  # the same bytes
 
 
 def expert_tiles(itemsize: int) -> tuple[ExpertTile, ...]:
-    """All that expert_tile can return: what the compile gate builds."""
-    return (EXPERT_FP32,) if itemsize == 4 else (EXPERT_FEW, EXPERT_SOME, EXPERT_MANY)
+    """All that expert_tile can return, by the size of a matrix's numbers: what the compile gate builds."""
+    return (EXPERT_FP32,) if itemsize == 4 else EXPERT_E4M3 if itemsize == 1 else (EXPERT_FEW, EXPERT_SOME, EXPERT_MANY)
 
 
 def expert_tile(pairs: int, experts: int, itemsize: int) -> ExpertTile:
     """By rows of an expert, were they evenly spread: up to 16 its weight is what takes time, and tiles of 16 read it once."""
     rows = cdiv(pairs, max(1, experts))
-    if itemsize == 4:
-        return EXPERT_FP32
-    return EXPERT_FEW if rows <= 16 else EXPERT_SOME if rows <= 96 else EXPERT_MANY
+    tiles = expert_tiles(itemsize)
+    return tiles[0] if itemsize == 4 or rows <= 16 else tiles[1] if rows <= 96 else tiles[2]
 
 
 def expert_blocks(pairs: int, experts: int, block_m: int) -> int:
     """Expert e begins with block starts[e] // block_m + e: so many are enough for any starts, which only the device knows."""
     return pairs // block_m + experts
+
+
+# --- linear_e4m3 ----------------------------------------------------------------------------------------------------------------
+
+
+class E4m3Tile(NamedTuple):
+    """The field names are the kernel's and the launch's own."""
+
+    BLOCK_M: int  # rows
+    BLOCK_N: int  # columns of the result
+    BLOCK_K: int  # channels in one step, whose sum the tensor cores keep
+    num_warps: int
+    num_stages: int
+
+
+E4M3_WIDE = E4m3Tile(128, 128, 128, num_warps=8, num_stages=4)  # 32 KiB of both operands a stage
+E4M3_NARROW = E4m3Tile(64, 64, 128, num_warps=4, num_stages=4)
+E4M3_FEW = E4m3Tile(16, 64, 256, num_warps=4, num_stages=4)  # bound by memory: 64 KiB of weight on their way in a program
+E4M3_FEWEST = E4m3Tile(16, 16, 256, num_warps=4, num_stages=4)
+E4M3_ODD = E4m3Tile(16, 32, 64, num_warps=4, num_stages=2)  # for widths that allow no vector loads
+
+
+def e4m3_tiles(width_in: int) -> tuple[E4m3Tile, ...]:
+    """All that e4m3_tile can return: what the compile gate builds."""
+    return (E4M3_ODD,) if width_in % 16 != 0 else (E4M3_WIDE, E4M3_NARROW, E4M3_FEW, E4M3_FEWEST)
+
+
+def e4m3_tile(rows: int, width: int, width_in: int) -> E4m3Tile:
+    """The largest tile of which there is one for every multiprocessor; up to 16 rows the weight is what takes time."""
+    if width_in % 16 != 0:
+        return E4M3_ODD
+    wide, narrow = (E4M3_FEW, E4M3_FEWEST) if rows <= 16 else (E4M3_WIDE, E4M3_NARROW)
+    return wide if cdiv(rows, wide.BLOCK_M) * cdiv(width, wide.BLOCK_N) >= STREAMING_MULTIPROCESSORS else narrow
 
 
 # --- decoding: pick_token -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ and reductions work on the bit patterns and return garbage without an error (tri
     casts        decoded and encoded exactly, rounded to nearest even, from integers too
     tl.dot       decodes bf16 operands
     all else     on raw bf16 raises a TypeError: cast the load to tl.float32 first
+    e4m3         the same, whose stock casts lose carries, NaN and the numbers below 2^-6; what is too large becomes 448, as on sm_90
     int(tensor)  works with numpy 2.4 and later, as do loops over tl.cdiv(n, BLOCK)
 
 Checked with triton 3.6.0 and numpy 2.4.6; tests/test_interpreter.py says when a repair is no longer needed or no longer holds.
@@ -41,6 +42,30 @@ def decode_bf16(bits: Any) -> NDArray[np.float32]:
     return wide.view(np.float32).reshape(np.shape(bits))
 
 
+E4M3_NAN = 0x7F
+_CODES = np.arange(E4M3_NAN)
+_LESSER = _CODES % 8 / 8 * 2.0**-6  # below the codes with an exponent, whose first is 2^-6
+E4M3 = np.where(_CODES < 8, _LESSER, (1 + _CODES % 8 / 8) * 2.0 ** (_CODES // 8 - 7)).astype(np.float32)  # 0 to 448, by code
+
+
+def encode_e4m3(values: Any) -> NDArray[np.uint8]:
+    """Numbers to the bits of the nearest e4m3, ties to even; beyond 448 is 448, and NaN stays one."""
+    floats = np.atleast_1d(np.asarray(values, dtype=np.float32))
+    size = np.abs(floats)
+    halfway = (E4M3[:-1] + E4M3[1:]) / 2  # exact
+    code = np.searchsorted(halfway, size)  # of a tie the lower one
+    is_tie = size == halfway[np.minimum(code, len(halfway) - 1)]
+    code = np.where(np.isnan(floats), E4M3_NAN, code + (is_tie & (code % 2 == 1)))
+    return (code | np.signbit(floats) << 7).astype(np.uint8).reshape(np.shape(values))
+
+
+def decode_e4m3(bits: Any) -> NDArray[np.float32]:
+    """The bits of e4m3 to fp32, exactly."""
+    code = np.asarray(bits).view(np.uint8)
+    size = np.append(E4M3, np.float32(np.nan))[code & 0x7F]
+    return np.where(code & 0x80, -size, size).astype(np.float32)
+
+
 def install() -> None:
     """Once per process; afterwards it does nothing."""
     if getattr(interpreter, "repaired_by_optmem", False):
@@ -52,13 +77,23 @@ def install() -> None:
     _repair_index()
 
 
-def _is_bf16(handle: Any) -> bool:
-    return isinstance(handle, Handle) and handle.dtype.scalar == tl.bfloat16
+_DECODERS = {tl.bfloat16: decode_bf16, tl.float8e4nv: decode_e4m3}
+_ENCODERS = {tl.bfloat16: encode_bf16, tl.float8e4nv: encode_e4m3}
+
+
+def _is_raw(handle: Any) -> bool:
+    return isinstance(handle, Handle) and handle.dtype.scalar in _DECODERS
+
+
+def _decoded(handle: Any) -> Any:
+    return Handle(_DECODERS[handle.dtype.scalar](handle.data), tl.float32) if _is_raw(handle) else handle
 
 
 def _refuse(handles: Any, what: str) -> None:
-    if any(_is_bf16(handle) for handle in handles):
-        raise TypeError(f"{what} of bfloat16 is garbage in Triton's interpreter: cast the load with .to(tl.float32) first")
+    for handle in handles:
+        if _is_raw(handle):
+            name = {tl.bfloat16: "bfloat16", tl.float8e4nv: "e4m3"}[handle.dtype.scalar]
+            raise TypeError(f"{what} of {name} is garbage in Triton's interpreter: cast the load with .to(tl.float32) first")
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -69,16 +104,15 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 def _repair_casts() -> None:
     def cast(stock: Any, self: Any, handle: Any, dst_type: Any) -> Any:
-        if _is_bf16(handle):
-            handle = Handle(decode_bf16(handle.data), tl.float32)
-        if dst_type.scalar == tl.bfloat16:
-            return Handle(encode_bf16(handle.data), tl.bfloat16)
-        return handle if handle.dtype.scalar == dst_type.scalar else stock(self, handle, dst_type)
+        handle, wanted = _decoded(handle), dst_type.scalar
+        if wanted in _ENCODERS:
+            return Handle(_ENCODERS[wanted](handle.data), wanted)
+        return handle if handle.dtype.scalar == wanted else stock(self, handle, dst_type)
 
     def cast_float(stock: Any, self: Any, handle: Any, dst_type: Any, rounding_mode: Any) -> Any:
         """Chopping on request is the stock conversion's, and right; rounding is what it gets wrong."""
         chops = rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
-        if chops or tl.bfloat16 not in (handle.dtype.scalar, dst_type.scalar):
+        if chops or not _DECODERS.keys() & {handle.dtype.scalar, dst_type.scalar}:
             return stock(self, handle, dst_type, rounding_mode)
         return self.cast_impl(handle, dst_type)
 
@@ -90,8 +124,7 @@ def _repair_casts() -> None:
 
 def _repair_dot() -> None:
     def dot(stock: Any, self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        a, b = (Handle(decode_bf16(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
-        return stock(self, a, b, *rest)
+        return stock(self, _decoded(a), _decoded(b), *rest)
 
     _wrap(Builder, "create_dot", dot)
 

@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from optmem.errors import BackendError
+
 # Names of torch's own list.  A processor with none of these multiplies bf16 in software: here 50 times slower than fp32.
 _BF16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")
 
@@ -24,6 +26,22 @@ def cpu_multiplies_bf16() -> bool:
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The narrowest type whose products are fast on a device: bf16, or fp32 on a CPU that lacks it."""
     return torch.float32 if device.type == "cpu" and not cpu_multiplies_bf16() else torch.bfloat16
+
+
+E4M3_CAPABILITY = (9, 0)  # of a GPU: its tensor cores multiply 8-bit floats, and the compile gate builds for it
+
+
+def require_e4m3(device: torch.device) -> None:
+    """Raises BackendError where a GPU has no products of e4m3.  A CPU has plain torch."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < E4M3_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (E4M3_CAPABILITY, capability))
+        raise BackendError(
+            f"8-bit floats (fp8) need a GPU of compute capability {needed} or later, such as an H100, and {device} has {found}: "
+            "use dtype='bfloat16'"
+        )
 
 
 HUGE_PAGE = 2 << 20  # bytes

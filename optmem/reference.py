@@ -156,12 +156,40 @@ def global_attention(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tenso
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """x weight^T + bias, and a function of it.  Shapes as in ops.linear."""
-    out: Tensor = torch.nn.functional.linear(x, weight, bias)
+    return activated(torch.nn.functional.linear(x, weight, bias), activation)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """The function that follows a product."""
     if activation == "gelu":
-        out = torch.nn.functional.gelu(out)
-    if activation == "quick_gelu":
-        out = out * torch.sigmoid(1.702 * out)
-    return out
+        return torch.nn.functional.gelu(x)
+    return x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else x
+
+
+# --- e4m3 ---------------------------------------------------------------------------------------------------------------------
+
+LARGEST_E4M3 = 448.0
+
+
+def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows to the nearest 8-bit floats of their scale: the largest becomes 448.  Shapes as in ops.e4m3_rows."""
+    wide = x.float()
+    scales = (wide.abs().amax(-1) / LARGEST_E4M3).clamp(min=torch.finfo(torch.float32).tiny)
+    steps = wide / scales[..., None]
+    return steps.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn), scales
+
+
+def through_e4m3(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What its rows stand for as e4m3, in this type."""
+    return scaled_rows(*e4m3_rows(x), dtype)
+
+
+def linear_e4m3(
+    x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
+) -> Tensor:
+    """The product of what both stand for, in the scales' type, rounded once.  Shapes as in ops.linear_e4m3."""
+    product: Tensor = torch.nn.functional.linear(x.to(scales.dtype), weight.to(scales.dtype)) * x_scales[..., None] * scales
+    return activated(product if bias is None else product + bias, activation).to(dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -368,9 +396,14 @@ def expert_mlp(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
 ) -> Tensor:
-    """SwiGLU of every used expert over its tokens; sums in fp32, rounded once.  Shapes as in ops.expert_mlp."""
-    sums = torch.zeros_like(_at_least_fp32(x))
+    """SwiGLU of every used expert over its tokens; sums in fp32, rounded once.  Shapes as in ops.expert_mlp.
+
+    Weights of e4m3 meet tokens of e4m3, and what stands between the two products is rounded to it too.
+    """
+    sums, dtype = torch.zeros_like(_at_least_fp32(x)), x.dtype
     inside = gate_up.dtype if gate_up_scales is None else sums.dtype
+    is_e4m3 = gate_up.dtype == torch.float8_e4m3fn
+    x = through_e4m3(x, inside) if is_e4m3 else x
     top_k = weights.shape[1]
     edges = starts.tolist()
     for expert, (start, end) in enumerate(itertools.pairwise(edges)):
@@ -382,10 +415,10 @@ def expert_mlp(
         if gate_up_scales is not None and down_scales is not None:
             into, out_of = scaled_rows(into, gate_up_scales[expert], inside), scaled_rows(out_of, down_scales[expert], inside)
         gate, up = torch.nn.functional.linear(x[tokens].to(inside), into).chunk(2, dim=-1)
-        inner = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-        outputs = torch.nn.functional.linear(inner.to(inside), out_of)
+        inner = (torch.nn.functional.silu(gate) * up).to(dtype)
+        outputs = torch.nn.functional.linear(through_e4m3(inner, inside) if is_e4m3 else inner.to(inside), out_of)
         sums.index_add_(0, tokens, (outputs * weights.flatten()[pairs, None]).to(sums.dtype))
-    return sums.to(x.dtype)
+    return sums.to(dtype)
 
 
 # --- the next token -------------------------------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def test_an_engine_of_int8_keeps_its_type_and_cannot_be_saved(engines, tmp_path)
 def test_int8_is_for_a_cpu():
     with pytest.raises(InputError, match="dtype int8 is for a CPU, not for cuda:0"):
         choose_precision("int8", torch.device("cuda:0"))
-    with pytest.raises(InputError, match="must be auto, bfloat16, float16, float32 or int8, got 'int4'"):
+    with pytest.raises(InputError, match="must be auto, bfloat16, float16, float32, int8 or fp8, got 'int4'"):
         choose_precision("int4", torch.device("cpu"))
 
 

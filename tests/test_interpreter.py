@@ -16,7 +16,7 @@ from triton.runtime.errors import InterpreterError
 
 from optmem.interpreter import decode_bf16, encode_bf16
 
-BF16 = torch.bfloat16
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
 
 def every_bf16():
@@ -120,6 +120,55 @@ def test_loops_run_to_a_tensor():
     y = torch.empty(4)
     loop_kernel[(1,)](torch.ones(10, dtype=BF16), y, 10, BLOCK=4)
     assert y.tolist() == [13.5, 13.5, 12.5, 12.5]
+
+
+# --- e4m3 -----------------------------------------------------------------------------------------------------------------------
+
+
+def every_e4m3():
+    return torch.arange(256, dtype=torch.int16).to(torch.uint8).view(E4M3)
+
+
+def same_bits(actual, expected):
+    """Of a NaN there are two, and any will do."""
+    is_nan = expected.float().isnan()
+    assert torch.equal(actual.float().isnan(), is_nan)
+    whole = torch.uint8 if actual.dtype == E4M3 else torch.int32
+    assert_equal(actual.view(whole)[~is_nan], expected.view(whole)[~is_nan])
+
+
+def test_every_e4m3_survives_fp32():
+    x = every_e4m3()
+    same_bits(cast(x, torch.float32), x.float())
+    same_bits(cast(cast(x, torch.float32), E4M3), x)
+
+
+def test_e4m3_of_every_bf16():
+    """Every tie, carry and subnormal; torch makes NaN of what is too large, the hardware and we 448."""
+    x = every_bf16().float()
+    same_bits(cast(x, E4M3), x.clamp(-448, 448).to(E4M3))
+    between = torch.randn(4096, generator=generator("e4m3")) * 2.0 ** torch.randint(-12, 10, (4096,), generator=generator("sizes"))
+    same_bits(cast(between, E4M3), between.clamp(-448, 448).to(E4M3))
+    assert cast(torch.tensor([float("inf"), -float("inf")]), E4M3).float().tolist() == [448.0, -448.0]
+
+
+def test_dot_of_e4m3():
+    a, b = torch.randn(2, 32, 32, generator=generator("dot")).to(E4M3)
+    c = torch.empty(32, 32)
+    dot_kernel[(1,)](a, b, c, N=32)
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
+
+
+@triton.jit
+def raw_e4m3_kernel(x, y):
+    o_n = tl.arange(0, 16)
+    b_x = tl.load(x + o_n)
+    tl.store(y + o_n, tl.sum(b_x, axis=0))
+
+
+def test_refuses_arithmetic_on_raw_e4m3():
+    with pytest.raises((InterpreterError, TypeError), match="of e4m3 is garbage"):
+        raw_e4m3_kernel[(1,)](torch.ones(16).to(E4M3), torch.empty(16))
 
 
 def test_installing_twice_changes_nothing():

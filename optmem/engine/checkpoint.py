@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from optmem.errors import BackendError, CheckpointError, InputError, SourceNotFoundError
 from optmem.files import checkpoint_folder, is_there, read_json
-from optmem.machine import fast_dtype
+from optmem.machine import fast_dtype, require_e4m3
 from optmem.model.config_json import CONFIG
 from optmem.model.encoder import Encoder
 from optmem.model.model import Model
+from optmem.model.quantize import quantize, quantize_e4m3
 
 log = logging.getLogger(__name__)
 SHIPPED = ("nano",)
@@ -26,7 +28,8 @@ FIDELITY = "fidelity.json"
 MAX_FIDELITY = 16 << 20  # bytes
 COLDEST, HOTTEST = 0.01, 100.0
 _ASSEMBLY = ("image_newline", "view_seperator")  # put among the tokens later: what is stored does not depend on them
-INT8 = "int8"
+Held = Literal["int8", "fp8"]
+INT8, FP8 = get_args(Held)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -35,7 +38,7 @@ class Precision:
     """What a model is held as."""
 
     dtype: torch.dtype | None  # of activations and weights; None is what is stored
-    is_int8: bool = False  # the decoder's matrices
+    held: Held | None = None  # the decoder's matrices; with fp8 the encoder's too
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +120,33 @@ def choose_device(device: torch.device | str) -> torch.device:
 
 
 def choose_precision(dtype: torch.dtype | str, device: torch.device) -> Precision:
-    """What a name means on a device.  Raises InputError for what is no such name, and for int8 on a GPU."""
+    """What a name means on a device.
+
+    Raises InputError for what is no such name, and for int8 on a GPU; BackendError for fp8 on a GPU without it.
+    """
     if dtype == "auto":
         return Precision(None)
     if dtype == INT8:
         if device.type != "cpu":
             raise InputError(f"dtype int8 is for a CPU, not for {device}: give device='cpu', or another dtype")
-        return Precision(fast_dtype(device), is_int8=True)
+        return Precision(fast_dtype(device), held=INT8)
+    if dtype == FP8:
+        require_e4m3(device)
+        return Precision(fast_dtype(device), held=FP8)
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in _DTYPES.values():
-        raise InputError(f"dtype must be auto, {', '.join(_DTYPES)} or {INT8}, got {dtype!r}")
+        raise InputError(f"dtype must be auto, {', '.join(_DTYPES)}, {INT8} or {FP8}, got {dtype!r}")
     return Precision(chosen)
+
+
+def quantize_model(model: Model, held: Held | None) -> None:
+    """Hold its matrices so from now on."""
+    if held == INT8:
+        quantize(model.decoder)
+    elif held == FP8:
+        if model.decoder.lm_head.weight.device.type == "cpu":
+            log.warning("fp8 on a CPU is served by plain torch, for proof and not for speed: many times slower than dtype='auto'")
+        quantize_e4m3(model.encoder, model.decoder)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -140,5 +159,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def encoder_fingerprint(encoder: Encoder) -> str:
-    """The same over all that vision tokens depend on."""
+    """The same over all that vision tokens depend on.  Raises InputError where the encoder is quantised."""
+    if encoder.is_quantized:
+        raise InputError("a quantised encoder cannot be compared: give the engine the fingerprint of the weights it was made of")
     return fingerprint({name: weight for name, weight in encoder.named_parameters() if name not in _ASSEMBLY})

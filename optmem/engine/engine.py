@@ -18,12 +18,14 @@ import torch
 
 from optmem.engine.ahead import Ahead
 from optmem.engine.checkpoint import (
+    FP8,
     Temperatures,
     choose_device,
     choose_precision,
     encoder_fingerprint,
     find_checkpoint,
     load_model,
+    quantize_model,
     read_temperatures,
 )
 from optmem.engine.draft import Draft, Lookup
@@ -51,7 +53,6 @@ from optmem.images import Pixels, is_whole, name_of, take_image
 from optmem.items import in_parts, watched
 from optmem.model.cache import Kv, check_kv
 from optmem.model.model import Model
-from optmem.model.quantize import quantize
 from optmem.pixels import Mode, make_views
 
 MOST_TEXT = 1 << 14  # characters of a PDF's text layer that are looked through at every step: a dense page has a third of it
@@ -72,6 +73,7 @@ class Engine:
         limits: Limits | None = None,
         lanes: Lanes | None = None,
         folder: Path | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         """
         model          its weights are shared, not copied
@@ -82,6 +84,7 @@ class Engine:
         limits         of one pass; None is what suits a CPU, or a GPU with its memory
         lanes          on which passes are recorded and replayed; None is CUDA graphs on a GPU, and on a CPU nothing is recorded
         folder         of its checkpoint, where what was measured of it is looked for
+        fingerprint    of its encoder before that was quantised; None computes it
         """
         check_kv(kv)
         self.model, self.folder = model, folder
@@ -90,6 +93,8 @@ class Engine:
         self._lanes = lanes_for(self.device) if lanes is None else lanes
         encode = model.encode if self._lanes is None else ViewEncoder(model.encoder, self._lanes.encode).encode
         self._encoding = EncodeQueue(encode)
+        if fingerprint is not None:
+            self.encoder_fingerprint = fingerprint
         self._is_closed = False
         self._loop: Loop | None = None
         self._lock = threading.Lock()
@@ -109,20 +114,22 @@ class Engine:
         dtype    "auto" is what is stored, but fp32 on a CPU that multiplies it in software: `optmem env` says which.
                  "int8", on a CPU, holds the decoder's matrices as int8, with a scale for every row, and all else in the type
                  that is fast here: half the memory of bf16.  Tokens are faster only where memory is slow beside the cores.
-                 Such a model cannot be saved
+                 "fp8" holds encoder's and decoder's as 8-bit floats (e4m3) and rounds tokens to them too, for a GPU of compute
+                 capability 9.0 on; a CPU does it slowly, for proof.  Its vision tokens are taken for those of the weights it was
+                 made of, and differ by some percent (docs/notes/kernels.md).  Such models cannot be saved
         kv       how keys and values are held, as Engine says
 
         Raises SourceNotFoundError where there is no such checkpoint, CheckpointError where it is damaged or of an unknown model,
-        InputError for int8 on a GPU, or a kv that there is not.
+        InputError for int8 on a GPU, or a kv that there is not, BackendError for fp8 on a GPU that has no such products.
         """
         check_kv(kv)
         folder, place = find_checkpoint(name), choose_device(device)
         precision = choose_precision(dtype, place)
         model = load_model(folder, place, precision.dtype)
         temperatures = read_temperatures(folder, model)  # compares the weights that are stored
-        if precision.is_int8:
-            quantize(model.decoder)
-        return cls(model, temperatures, kv=kv, folder=folder)
+        compared = encoder_fingerprint(model.encoder) if precision.held == FP8 else None
+        quantize_model(model, precision.held)
+        return cls(model, temperatures, kv=kv, folder=folder, fingerprint=compared)
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,7 @@ of experts; UL's is the same with a window behind the prompt.
     logits = lm_head(norm(x))
 
 Every parameter has the name that it has in a checkpoint, but for the packed experts (layout.py), and none is trained here.
-The matrices may be held as int8, with a scale for every row (quantize.py).
+The matrices may be held as int8 or e4m3, with a scale for every row (quantize.py).
 On CPU a token's numbers do not depend on its batch mates or on how a prompt is cut into chunks, bit for bit.
 """
 
@@ -27,20 +27,31 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
+Rows = Tensor | ops.E4m3Rows
+
+
 class Linear(nn.Module):
     """x weight^T; no layer of the decoder has a bias."""
 
     weight: Tensor
-    scales: Tensor | None  # fp32 [out]  of a weight of int8
+    scales: Tensor | None  # fp32 [out]  of a weight of int8 or e4m3
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.weight = _parameter(width_out, width_in)
         self.register_buffer("scales", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def taken(self, x: Tensor) -> Rows:
+        """Tokens as this weight takes them, which others of its kind may share."""
+        return ops.e4m3_rows(x) if self.weight.dtype == ops.E4M3 else x
+
+    def forward(self, x: Rows) -> Tensor:
         """[T, in] -> [T, out]."""
-        return ops.linear_rows(x, self.weight, scales=self.scales)
+        x = self.taken(x) if isinstance(x, Tensor) else x
+        if isinstance(x, Tensor):
+            return ops.linear_rows(x, self.weight, scales=self.scales)
+        assert self.scales is not None, "a weight of e4m3 has scales"
+        return ops.linear_e4m3(x, self.weight, self.scales)
 
 
 class Attention(nn.Module):
@@ -54,7 +65,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: Cache, rope: tuple[Tensor, Tensor]) -> Tensor:
         """[T, hidden] -> [T, hidden]; writes this layer's keys and values to the cache."""
         heads, dim = self.config.heads, self.config.head_dim
-        q, k, v = (project(x).view(-1, heads, dim) for project in (self.q_proj, self.k_proj, self.v_proj))
+        taken = self.q_proj.taken(x)
+        q, k, v = (project(taken).view(-1, heads, dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         keys, values, scales = cache.keys[self.layer], cache.values[self.layer], cache.scales_of(self.layer)
         ops.rope_cache(q, k, v, *rope, batch.slots, keys, values, scales)
         places = (batch.table, batch.starts, batch.lengths, batch.prompts)
@@ -72,7 +84,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        out: Tensor = self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
+        taken = self.gate_proj.taken(x)
+        out: Tensor = self.down_proj(ops.silu_mul(self.gate_proj(taken), self.up_proj(taken)))
         return out
 
 
@@ -94,7 +107,7 @@ class Experts(nn.Module):
 
     gate_up: Tensor
     down: Tensor
-    gate_up_scales: Tensor | None  # fp32 [E, 2 * F]  of weights of int8
+    gate_up_scales: Tensor | None  # fp32 [E, 2 * F]  of weights of int8 or e4m3
     down_scales: Tensor | None  # fp32 [E, D]
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -183,7 +196,7 @@ class Decoder(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the matrices are held as int8."""
+        """Whether the matrices are held as int8 or e4m3."""
         return self.lm_head.scales is not None
 
     def embed(self, ids: Tensor, *, is_checked: bool = False) -> Tensor:

@@ -34,6 +34,11 @@ class Encoder(nn.Module):
         self.image_newline = nn.Parameter(torch.zeros(hidden)) if config.has_newlines else None
         self.view_seperator = nn.Parameter(torch.zeros(hidden))
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linear layers are held as e4m3."""
+        return any(isinstance(module, Linear) and module.scales is not None for module in self.modules())
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Vision tokens of square views of one size, row by row.
 

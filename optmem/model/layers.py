@@ -11,12 +11,17 @@ from optmem import ops
 class Linear(nn.Linear):
     """A linear layer and the function that follows it."""
 
+    scales: Tensor | None  # fp32 [width_out]  of a weight of e4m3
+
     def __init__(self, width_in: int, width_out: int, *, bias: bool = True, activation: ops.Activation = "none") -> None:
         super().__init__(width_in, width_out, bias=bias)
         self.activation: ops.Activation = activation
+        self.register_buffer("scales", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width_in] -> [..., width_out]."""
+        if self.scales is not None:
+            return ops.linear_e4m3(ops.e4m3_rows(x), self.weight, self.scales, self.bias, self.activation)
         return ops.linear(x, self.weight, self.bias, self.activation)
 
 

@@ -72,9 +72,9 @@ class Model:
         return cls(config, {prefix + name: value for prefix, state in states.items() for name, value in state.items()})
 
     def weights(self) -> dict[str, Tensor]:
-        """Every weight by the name that load_weights gives it.  Raises InputError where the decoder is quantised."""
-        if self.decoder.is_quantized:
-            raise InputError("a quantised model has no weights to save or compare: load it again without dtype='int8'")
+        """Every weight by the name that load_weights gives it.  Raises InputError where the model is quantised."""
+        if self.decoder.is_quantized or self.encoder.is_quantized:
+            raise InputError("a quantised model has no weights to save or compare: load it again without dtype='int8' or 'fp8'")
         vision = {_VISION + name: parameter.data for name, parameter in self.encoder.named_parameters()}
         glance = {} if self.glance is None else {_GLANCE + name: value.data for name, value in self.glance.named_parameters()}
         return vision | {name: parameter.data for name, parameter in self.decoder.named_parameters()} | glance

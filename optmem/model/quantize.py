@@ -1,21 +1,30 @@
-"""A decoder's matrices as int8: weights alone, a scale for every row, so that a token reads half of what bf16 would.
+"""Matrices in 8 bits with a scale for every row, so that half of bf16 is held and read: two ways.
 
-    weight[row] = scales[row] * q[row],   scales[row] = max |weight[row]| / 127,   q to the nearest
+    int8   weight[row] = scales[row] * q[row],   scales[row] = max |weight[row]| / 127,   q to the nearest      a decoder's
+    e4m3   the same with max |weight[row]| / 448, and q to the nearest 8-bit float                  an encoder's and a decoder's
 
-Attention's projections, MLPs, experts and lm_head are quantised; router, embeddings and norms are not: they are small, or are
-not read as a whole.
+With int8 tokens stay what they are; with e4m3 they are rounded as rows are, so that tensor cores multiply 8 bits.
+Attention's projections, MLPs, experts and lm_head are quantised; router, embeddings, norms and convolutions are not: they are small,
+or are not read as a whole.  Nor is the encoder's projector: under a hundredth of its products, and nothing behind it would hide its
+error (docs/notes/kernels.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from optmem import ops
 from optmem.errors import InputError
-from optmem.machine import empty_weight
+from optmem.machine import empty_weight, require_e4m3
+from optmem.model import layers
 from optmem.model.decoder import Decoder, Experts, Linear
+from optmem.model.encoder import Encoder
 from optmem.model.tensor_file import all_finite
 
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
 LARGEST = 127  # -128 is not used: the grid is symmetric
 ROWS_AT_ONCE = 4096  # of a matrix: their fp32 copies are all that is held beside it
 
@@ -35,8 +44,27 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         divisor = torch.where(scale == 0, 1.0, scale)[:, None]
         steps[part] = (wide / divisor).round_().clamp_(-LARGEST, LARGEST)  # a subnormal scale may be too small by half
         scales[part] = scale
+    _check_finite(scales)
+    return steps.view(weight.shape), scales.view(weight.shape[:-1])
+
+
+def _check_finite(scales: Tensor) -> None:
     if not scales.isfinite().all():
         raise InputError("weights that are NaN or infinite cannot be quantised")
+
+
+def quantize_rows_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows to the nearest 8-bit floats: [..., in] -> e4m3 [..., in] and fp32 [...].
+
+    Raises InputError where a value is not finite.
+    """
+    rows = weight.detach().flatten(0, -2)
+    steps = torch.empty(rows.shape, dtype=ops.E4M3, device=rows.device)
+    scales = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(first, first + ROWS_AT_ONCE)
+        steps[part], scales[part], _ = ops.e4m3_rows(rows[part])
+    _check_finite(scales)
     return steps.view(weight.shape), scales.view(weight.shape[:-1])
 
 
@@ -48,22 +76,45 @@ def quantize(decoder: Decoder) -> None:
     device = decoder.lm_head.weight.device
     if device.type != "cpu":
         raise InputError(f"int8 weights are for a CPU, the decoder is on {device}")
-    if decoder.is_quantized:
-        raise InputError("the decoder's weights are quantised already")
-    for name, parameter in decoder.named_parameters():
-        if not all_finite(parameter):  # before any is changed
+    _check_new(decoder)
+    _quantize_decoder(decoder, quantize_rows)
+
+
+def quantize_e4m3(encoder: Encoder, decoder: Decoder) -> None:
+    """Hold the matrices of a model as e4m3 from now on, one after the other; what shares its weights keeps them as they are.
+
+    Raises InputError where they are quantised already, or hold what is not finite; BackendError on a GPU that has no such products.
+    """
+    require_e4m3(decoder.lm_head.weight.device)
+    _check_new(decoder)
+    _check_new(encoder)
+    _quantize_decoder(decoder, quantize_rows_e4m3)
+    for module in encoder.modules():
+        if isinstance(module, layers.Linear) and module is not encoder.projector.layers:
+            _quantize(module, "weight", "scales", quantize_rows_e4m3)
+
+
+def _check_new(part: Decoder | Encoder) -> None:
+    """Before anything is changed."""
+    if part.is_quantized:
+        raise InputError(f"the {type(part).__name__.lower()}'s weights are quantised already")
+    for name, parameter in part.named_parameters():
+        if not all_finite(parameter):
             raise InputError(f"weights that are NaN or infinite cannot be quantised: {name}")
+
+
+def _quantize_decoder(decoder: Decoder, rounded: Rounding) -> None:
     for module in decoder.modules():
         if isinstance(module, Linear):
-            _quantize(module, "weight", "scales")
+            _quantize(module, "weight", "scales", rounded)
         elif isinstance(module, Experts):
-            _quantize(module, "gate_up", "gate_up_scales")
-            _quantize(module, "down", "down_scales")
+            _quantize(module, "gate_up", "gate_up_scales", rounded)
+            _quantize(module, "down", "down_scales", rounded)
 
 
-def _quantize(module: nn.Module, weight: str, scales: str) -> None:
-    """The parameter becomes a buffer of int8; the buffer of scales is filled."""
-    steps, of_rows = quantize_rows(getattr(module, weight))
+def _quantize(module: nn.Module, weight: str, scales: str, rounded: Rounding) -> None:
+    """The parameter becomes a buffer of 8 bits; the buffer of scales is filled."""
+    steps, of_rows = rounded(getattr(module, weight))
     delattr(module, weight)
     module.register_buffer(weight, steps)
     setattr(module, scales, of_rows)

@@ -15,6 +15,7 @@ from optmem.ops.decoding import (
     silu_mul,
 )
 from optmem.ops.drawing import MAX_SIDE, SheetBox, contact_sheet, draw_text, resample
+from optmem.ops.e4m3 import E4M3, E4m3Rows, e4m3_rows, linear_e4m3
 from optmem.ops.experts import ExpertScales, Routing, expert_mlp, route
 from optmem.ops.linear import Activation, linear, linear_rows
 from optmem.ops.norm import add_layer_norm, layer_norm
@@ -23,10 +24,12 @@ from optmem.ops.registry import Implementation, implementations
 from optmem.ops.vision import compress, global_attention, patch_embed, window_attention
 
 __all__ = [
+    "E4M3",
     "MAX_SIDE",
     "PAGE_UNIT",
     "Activation",
     "CacheScales",
+    "E4m3Rows",
     "ExpertScales",
     "Implementation",
     "Routing",
@@ -37,11 +40,13 @@ __all__ = [
     "compress",
     "contact_sheet",
     "draw_text",
+    "e4m3_rows",
     "expert_mlp",
     "global_attention",
     "implementations",
     "layer_norm",
     "linear",
+    "linear_e4m3",
     "linear_rows",
     "paged_attention",
     "patch_embed",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from optmem import reference
 from optmem.errors import InputError
+from optmem.machine import require_e4m3
+from optmem.ops.e4m3 import E4M3
 from optmem.ops.linear import linear_rows_cpu
 from optmem.ops.registry import (
     as_array,
@@ -97,7 +99,7 @@ library.define(
 
 
 class ExpertScales(NamedTuple):
-    """What the rows of experts of int8 are multiplied by."""
+    """What the rows of experts of int8 or e4m3 are multiplied by."""
 
     gate_up: Tensor  # fp32 [E, 2 * F]
     down: Tensor  # fp32 [E, D]
@@ -108,11 +110,12 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, scale
 
     x        [T, D]
     gate_up  [E, 2 * F, D]    an expert's gate rows, then its up rows
-    down     [E, D, F]        both of x's type, or of int8 with scales
+    down     [E, D, F]        both of x's type, or of int8 or e4m3 with scales
     -> [T, D]
 
     On CPU a token's result does not depend on the others, bit for bit.
-    Experts of int8 take bf16 tokens as `linear_rows` does, before each of the two products.
+    Experts of int8 take bf16 tokens as `linear_rows` does, before each of the two products; to those of e4m3 tokens, and what
+    stands between the two products, are rounded as `e4m3_rows` does.
     Raises InputError where order or starts point outside; on CUDA the host does not wait to see that, and such pairs are undefined.
     """
     check_float("expert_mlp", "x", x, 2)
@@ -135,7 +138,7 @@ def _check_experts(x: Tensor, gate_up: Tensor, down: Tensor, scales: ExpertScale
     else:
         gate_up_scales, down_scales = scales
         of_rows = {"gate_up_scales": (gate_up_scales, [experts, 2 * width]), "down_scales": (down_scales, [experts, hidden])}
-        check_weights("expert_mlp", x, weights, of_rows)
+        check_weights("expert_mlp", x, weights, of_rows, E4M3 if gate_up.dtype == E4M3 else torch.int8)
 
 
 def _check_routing(x: Tensor, experts: int, routing: Routing) -> None:
@@ -162,7 +165,7 @@ def _expert_mlp_cpu(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
 ) -> Tensor:
-    cpu = cpp_for(x)
+    cpu = None if gate_up.dtype == E4M3 else cpp_for(x)
     if cpu is None:
         return _expert_mlp_checked(x, gate_up, down, weights, order, starts, gate_up_scales, down_scales)
     given = (x, gate_up, down, weights, order, starts, gate_up_scales, down_scales)
@@ -182,11 +185,15 @@ def _expert_mlp_cuda(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
 ) -> Tensor:
-    kernel = triton_for("expert_mlp", x) if gate_up.dtype == x.dtype else None
+    kernel = triton_for("expert_mlp", x) if gate_up.dtype in (x.dtype, E4M3) else None
     if kernel is None:
         return _expert_mlp_checked(x, gate_up, down, weights, order, starts, gate_up_scales, down_scales)
+    if gate_up.dtype == E4M3:
+        require_e4m3(x.device)
+    given = [tensor.contiguous() for tensor in (x, gate_up, down, weights, order, starts)]
+    scales = [None if tensor is None else tensor.contiguous() for tensor in (gate_up_scales, down_scales)]
     out = x.new_empty(x.shape)
-    kernel.expert_mlp(*(tensor.contiguous() for tensor in (x, gate_up, down, weights, order, starts)), out)
+    kernel.expert_mlp(*given, out, *scales)
     return out
 
 
@@ -223,5 +230,5 @@ def _expert_mlp_fake(
     return x.new_empty(x.shape)
 
 
-described.append(cpp_or_reference("expert_mlp"))
+described.append(cpp_or_reference("expert_mlp", but="; e4m3 in plain torch"))
 described.append(triton_or_reference("expert_mlp", but="; int8 in plain torch"))

@@ -40,14 +40,17 @@ def implementations() -> list[Implementation]:
 described: list[Callable[[], Implementation]] = []
 
 
-def cpp_or_reference(operator: str) -> Callable[[], Implementation]:
-    """How the CPU rows read: C++ where optmem._cpu is built, else the reference, and it says so."""
+def cpp_or_reference(operator: str, but: str = "") -> Callable[[], Implementation]:
+    """How the CPU rows read: C++ where optmem._cpu is built, else the reference, and it says so.
+
+    but   what plain torch does nevertheless
+    """
 
     def describe() -> Implementation:
         cpu = native("_cpu")
         if cpu.module is None:
             return Implementation(operator, "cpu", "reference", f"optmem._cpu: {cpu.reason}")
-        return Implementation(operator, "cpu", "cpp", f"optmem._cpu, {cpu.module.isa()}")
+        return Implementation(operator, "cpu", "cpp", f"optmem._cpu, {cpu.module.isa()}{but}")
 
     return describe
 
@@ -161,11 +164,11 @@ def check_like(operator: str, first: Tensor, wanted: Wanted, dtype: torch.dtype 
         check(list(tensor.shape) == shape, f"{operator}: {name} must be {shape}, got {list(tensor.shape)}")
 
 
-def check_weights(operator: str, first: Tensor, weights: Wanted, scales: Wanted) -> None:
-    """Weights of the first tensor's type, or of int8 where there are scales, which are fp32."""
+def check_weights(operator: str, first: Tensor, weights: Wanted, scales: Wanted, held: torch.dtype = torch.int8) -> None:
+    """Weights of the first tensor's type, or of int8 or another type where there are scales, which are fp32."""
     if not scales:
         return check_like(operator, first, weights)
-    check_like(operator, first, weights, torch.int8)
+    check_like(operator, first, weights, held)
     return check_like(operator, first, scales, torch.float32)
 
 
