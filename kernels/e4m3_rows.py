@@ -70,7 +70,7 @@ def gate_cases() -> Iterator[GateCase]:
     """What the linear layers of all models take, and a width that allows no vector loads."""
     half = torch.bfloat16
     for dtype, width in (
-        *itertools.product((half, torch.float32), (24, 384, 896, 1280, 3072, 4096, 6848)),
+        *itertools.product((half, torch.float32), (24, 192, 384, 896, 1280, 3072, 4096, 6848)),
         (torch.float16, 77),
     ):
         x, steps = (torch.empty(64, width, dtype=kind, device="meta") for kind in (dtype, torch.float8_e4m3fn))

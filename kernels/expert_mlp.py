@@ -390,12 +390,13 @@ def specialise_sum(given: Given, outputs: Tensor, out: Tensor) -> Launch:
 
 def gate_cases() -> Iterator[GateCase]:
     """The experts of the decoders, every tile; nano's, with those of its batches; and ones that allow no vector loads."""
-    half = torch.bfloat16
-    plain = ((half, 1280, 896, 6, 3), (torch.float32, 1280, 896, 6, 1), (half, 384, 24, 1, 2), (torch.float32, 384, 24, 1, 0))
-    for dtype, hidden, width, top_k, num_tiles in (*plain, (torch.float16, 77, 33, 2, 1)):
-        yield from _cases_of(dtype, dtype, hidden, width, top_k, num_tiles)
-    for dtype, hidden, width, top_k, num_tiles in (*plain[:3], plain[3], (torch.float16, 77, 33, 2, 1)):
-        yield from _cases_of(dtype, torch.float8_e4m3fn, hidden, width, top_k, num_tiles)
+    half, wide, odd = torch.bfloat16, torch.float32, (torch.float16, 77, 33, 2, 1)
+    plain = ((half, 1280, 896, 6, 3), (wide, 1280, 896, 6, 1), (half, 384, 24, 1, 2), (wide, 384, 24, 1, 0), odd)
+    e4m3 = ((half, 1280, 896, 6, 3), (wide, 1280, 896, 6, 3), (half, 384, 24, 1, 2), (wide, 384, 24, 1, 2), odd)
+    for dtype, *sizes in plain:
+        yield from _cases_of(dtype, dtype, *sizes)
+    for dtype, *sizes in e4m3:
+        yield from _cases_of(dtype, torch.float8_e4m3fn, *sizes)
 
 
 def _cases_of(

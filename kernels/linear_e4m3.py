@@ -90,17 +90,15 @@ def specialise(given: Given, activation: str, out: Tensor, tile: E4m3Tile) -> tu
 
 
 def gate_cases() -> Iterator[GateCase]:
-    """Every tile at an encoder's first layer of an MLP and at lm_head; nano's; and widths that allow no vector loads."""
-    half = torch.bfloat16
-    shapes = ((3072, 768, True, "gelu", half), (4096, 1024, True, "quick_gelu", half), (129280, 1280, False, "none", half))
-    odd = ((331, 77, True, "gelu", torch.float16), (331, 77, False, "none", torch.float32))
-    for width, width_in, has_bias, activation, dtype in (*shapes, *odd):
-        made = ((64, width_in), (64,), (width, width_in), (width,))
-        kinds = itertools.cycle((torch.float8_e4m3fn, torch.float32))
-        x, x_scales, weight, scales = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in zip(made, kinds))
+    """Layers of the encoders and of the decoders, nano's experts among them, every tile; and widths that allow no vector loads."""
+    layers = ((3072, 768, True, "gelu"), (4096, 1024, True, "quick_gelu"), (768, 3072, True, "none"), (1280, 6848, False, "none"))
+    odd = ((384, 24, False, "none"), (331, 77, True, "gelu"))
+    for dtype, (width, width_in, has_bias, activation) in itertools.product((torch.bfloat16, torch.float32), (*layers, *odd)):
+        x, weight = (torch.empty(rows, width_in, dtype=torch.float8_e4m3fn, device="meta") for rows in (64, width))
+        x_scales, scales = (torch.empty(rows, device="meta") for rows in (64, width))
         bias = torch.empty(width, dtype=dtype, device="meta") if has_bias else None
         out = torch.empty(64, width, dtype=dtype, device="meta")
         for tile in e4m3_tiles(width_in):
             launch = specialise((x, x_scales, weight, scales, bias), activation, out, tile)
-            name = f"{str(dtype).removeprefix('torch.')}-N{width}-K{width_in}-{tile.BLOCK_M}x{tile.BLOCK_N}"
+            name = f"{str(dtype).removeprefix('torch.')}-N{width}-K{width_in}-{activation}-{tile.BLOCK_M}x{tile.BLOCK_N}"
             yield GateCase(name, linear_e4m3_kernel, *launch, tensor_cores=True, has_small_dots=tile.BLOCK_M < 64, least_arch=90)

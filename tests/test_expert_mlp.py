@@ -9,6 +9,7 @@ import torch
 from optmem import ops, reference
 from optmem.errors import InputError
 from optmem.kernels.launch import (
+    EXPERT_E4M3,
     EXPERT_FEW,
     EXPERT_MANY,
     EXPERT_SOME,
@@ -238,6 +239,96 @@ def test_triton_a_wrong_grouping_touches_nothing_else(tokens, hostile):
             assert (buffer[-256:] == 7).all()
 
 
+# --- of 8-bit floats ------------------------------------------------------------------------------------------------------------
+
+
+def e4m3_inputs(tokens, hidden, width, experts, top_k, dtype):
+    """Tokens, matrices and routing, and the matrices' scales."""
+    x, gate_up, down, routing = inputs(tokens, hidden, width, experts, top_k, dtype)
+    (gate_up, into, _), (down, out_of, _) = ops.e4m3_rows(gate_up), ops.e4m3_rows(down)
+    return x, gate_up, down, routing, ops.ExpertScales(into, out_of)
+
+
+def run_e4m3(x, gate_up, down, routing, scales):
+    """As run_triton."""
+    given = (x, gate_up, down, routing.weights, routing.order, routing.starts)
+    fences = [fenced(tensor.to(DEVICE)) for tensor in (*given, *scales)]
+    with guarded(x.shape, x.dtype, DEVICE) as out:
+        triton_kernel().expert_mlp(*fences[:6], out, *fences[6:])
+    return out.cpu()
+
+
+def check_e4m3(actual, x, gate_up, down, routing, scales):
+    """Both round what stands between the products: in 16 bits an exact answer would round it elsewhere."""
+    expected = ops.expert_mlp(x, gate_up, down, routing, scales)
+    wide = routing._replace(weights=routing.weights.double())
+    exact = expected if x.dtype != torch.float32 else ops.expert_mlp(x.double(), gate_up, down, wide, scales)
+    assert_close(actual, expected, exact=exact.double())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "width", "experts", "top_k"),
+    [(1, 8, 1, 1, 1), (3, 33, 35, 4, 4), (VECTOR_ROWS, 20, 9, 64, 6), (VECTOR_ROWS + 1, 20, 9, 3, 2), (40, 70, 33, 8, 3)],
+)
+def test_triton_of_e4m3_matches_reference(dtype, tokens, hidden, width, experts, top_k):
+    arguments = e4m3_inputs(tokens, hidden, width, experts, top_k, dtype)
+    check_e4m3(run_e4m3(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("tile", EXPERT_E4M3, ids=lambda tile: str(tile.BLOCK_M))
+def test_triton_of_e4m3_every_tile(tile, monkeypatch):
+    monkeypatch.setattr(triton_kernel(), "expert_tile", lambda *_: tile)
+    arguments = e4m3_inputs(140, 290, 150, 5, 2, torch.bfloat16)
+    check_e4m3(run_e4m3(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("tokens", [VECTOR_ROWS, 20])
+def test_triton_of_e4m3_a_token_of_nan_fails_alone(tokens):
+    x, gate_up, down, routing, scales = e4m3_inputs(tokens, 20, 9, 4, 2, torch.bfloat16)
+    want = run_e4m3(x, gate_up, down, routing, scales)
+    x = x.clone()
+    x[3, 5] = torch.nan
+    out = torch.zeros_like(x, device=DEVICE)
+    given = (x, gate_up, down, routing.weights, routing.order, routing.starts)
+    triton_kernel().expert_mlp(*(tensor.to(DEVICE) for tensor in given), out, *(tensor.to(DEVICE) for tensor in scales))
+    assert out[3].isnan().all()
+    others = torch.arange(tokens) != 3
+    assert_equal(out.cpu()[others], want[others])
+
+
+def test_what_e4m3_means():
+    """Near the experts as they were: three roundings of 1/16 at most, most of which cancel each other."""
+    x, gate_up, down, routing = inputs(40, 256, 128, 8, 3, torch.float32)
+    exact = expected(x, gate_up, down, routing)
+    said = ops.expert_mlp(*e4m3_inputs(40, 256, 128, 8, 3, torch.float32))
+    assert 0.01 < (said - exact).norm() / exact.norm() < 0.08
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda gate_up, down, scales: (gate_up, down, None), "gate_up must be torch.float32, got torch.float8_e4m3fn"),
+        (lambda gate_up, down, scales: (gate_up, down.float(), scales), "down must be torch.float8_e4m3fn, got torch.float32"),
+        (lambda gate_up, down, scales: (gate_up, down.char(), scales), "down must be torch.float8_e4m3fn, got torch.int8"),
+        (lambda gate_up, down, scales: (gate_up.float(), down, scales), "gate_up must be torch.int8, got torch.float32"),
+        (lambda gate_up, down, scales: (gate_up, down, scales._replace(down=scales.down[:2])), "down_scales must be"),
+    ],
+)
+def test_refuses_other_matrices_beside_e4m3(change, words):
+    x, gate_up, down, routing, scales = e4m3_inputs(2, 8, 8, 3, 2, torch.float32)
+    gate_up, down, scales = change(gate_up, down, scales)
+    with pytest.raises(InputError, match=f"expert_mlp: {words}"):
+        ops.expert_mlp(x, gate_up, down, routing, scales)
+
+
+def test_what_cuda_runs_of_e4m3():
+    x, gate_up, down, routing, scales = e4m3_inputs(5, 16, 24, 4, 2, torch.bfloat16)
+    want = run_e4m3(x, gate_up, down, routing, scales)
+    given = (x, gate_up, down, routing.weights, routing.order, routing.starts, *scales)
+    assert_equal(expert_ops._expert_mlp_cuda(*(every_other(tensor.to(DEVICE)) for tensor in given)).cpu(), want)
+
+
 def test_what_cuda_runs():
     """The function that is registered for it, which needs no CUDA where the interpreter runs: strided inputs, and fp64 in torch."""
     x, gate_up, down, routing = inputs(5, 16, 24, 4, 2, torch.bfloat16)
@@ -255,7 +346,7 @@ def test_what_cuda_runs():
 
 
 def test_the_chooser_follows_the_rows_of_an_expert():
-    for tokens, top_k, itemsize in itertools.product((1, 8, 9, 64, 256, 1024, 2048, 18_000), (1, 6), (2, 4)):
+    for tokens, top_k, itemsize in itertools.product((1, 8, 9, 64, 256, 1024, 2048, 18_000), (1, 6), (1, 2, 4)):
         assert expert_tile(tokens * top_k, 64, itemsize) in expert_tiles(itemsize)
     assert [expert_tile(6 * tokens, 64, 2) for tokens in (9, 170, 171, 1024, 2048)] == [
         EXPERT_FEW,

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from optmem.kernels import launch
+from optmem.model import layers as layers_of_encoders
 from optmem.model.config_json import public_config
+from optmem.model.decoder import Decoder, Linear
+from optmem.model.encoder import Encoder
 
 pytest.importorskip("triton")
 
@@ -23,7 +26,7 @@ VIEWS = range(1, 65)
 TOKENS = (*range(1, 2049), 2560, 3072, 4096)  # of a pass: up to 2,048 texts, and the prompts of some beside them
 TYPES = (torch.bfloat16, torch.float32)
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one block may have
-OF_SHAPE = {"C", "D", "E", "F", "H", "K", "S", "W", "STRIDE", "GROUP", "TOP_K", "PAGE"}  # not of the tile
+OF_SHAPE = {"C", "D", "E", "F", "H", "K", "N", "S", "W", "STRIDE", "GROUP", "TOP_K", "PAGE"}  # not of the tile
 
 MODULES = {path.stem: import_module(f"optmem.kernels.{path.stem}") for path in sorted((ROOT / "kernels").glob("*.py"))}
 
@@ -134,6 +137,35 @@ def linear(dtype):
         yield module.linear_activation_kernel, (meta(1, dtype=dtype), 1), {"IS_QUICK": is_quick, "BLOCK_N": module.BLOCK}
 
 
+def e4m3_rows(dtype):
+    """The tokens of every linear layer that may be held as 8-bit floats, and what stands between the products of experts."""
+    module = MODULES["e4m3_rows"]
+    for width in {width_in for _, width_in, _, _ in layers()} | {model.decoder.expert_width for model in MODELS}:
+        x, steps = meta(2, width, dtype=dtype), meta(2, width, dtype=torch.float8_e4m3fn)
+        scales = meta(2, dtype=torch.float32)
+        yield module.e4m3_rows_kernel, *module.specialise(x, steps, scales, launch.norm_tile(width))
+
+
+def layers():
+    """Out, in, whether it has a bias, and the function behind it, of every such layer: as quantize_e4m3 finds them."""
+    with torch.device("meta"):
+        parts = [part for model in MODELS for part in (Encoder(model), Decoder(model.decoder))]
+    linear = [module for part in parts for module in part.modules() if isinstance(module, (layers_of_encoders.Linear, Linear))]
+    return {
+        (*module.weight.shape, getattr(module, "bias", None) is not None, getattr(module, "activation", "none")) for module in linear
+    }
+
+
+def linear_e4m3(dtype):
+    module, held = MODULES["linear_e4m3"], torch.float8_e4m3fn
+    for width, width_in, has_bias, activation in layers():
+        bias = meta(width, dtype=dtype) if has_bias else None
+        scales = meta(width, dtype=torch.float32)
+        given = (meta(1, width_in, dtype=held), scales, meta(width, width_in, dtype=held), scales, bias)
+        for tile in {launch.e4m3_tile(rows, width, width_in) for rows in (*TOKENS, 4096 * 64)}:
+            yield module.linear_e4m3_kernel, *module.specialise(given, activation, meta(1, width, dtype=dtype), tile)
+
+
 def rms_norm(dtype):
     module = MODULES["rms_norm"]
     sizes = {(model.decoder.hidden, is_sum) for model in MODELS for is_sum in (False, True)}
@@ -184,19 +216,27 @@ def route(dtype):
 
 
 def expert_mlp(dtype):
+    yield from experts_held_as(dtype, dtype)
+    yield from experts_held_as(dtype, torch.float8_e4m3fn)
+
+
+def experts_held_as(dtype, held):
     module = MODULES["expert_mlp"]
+    is_e4m3 = held != dtype
     for text in (model.decoder for model in MODELS):
         hidden, width, pairs = text.hidden, text.expert_width, text.top_k
         shapes = ((1, hidden), (text.experts, 2 * width, hidden), (text.experts, hidden, width), (pairs, width), (pairs, hidden))
         x, gate_up, down, inner, outputs = (meta(*shape, dtype=dtype) for shape in shapes)
         order, starts = (meta(size, dtype=torch.int32) for size in (pairs, text.experts + 1))
-        given = (x, gate_up, down, meta(1, text.top_k, dtype=torch.float32), order, starts)
-        yield module.expert_vector_into_kernel, *module.specialise_vector_into(given, inner)
-        yield module.expert_vector_out_of_kernel, *module.specialise_vector_out_of(given, inner, x)
+        taken, read, gate_up, down = (tensor.to(held) for tensor in (x, inner, gate_up, down))
+        given = (taken, gate_up, down, meta(1, text.top_k, dtype=torch.float32), order, starts)
+        scales = (meta(1, dtype=torch.float32),) * 2 if is_e4m3 else (None, None)
+        yield module.expert_vector_into_kernel, *module.specialise_vector_into(given, inner, scales)
+        yield module.expert_vector_out_of_kernel, *module.specialise_vector_out_of(given, read, x, scales)
         yield module.expert_sum_kernel, *module.specialise_sum(given, outputs, x)
-        for tile in {launch.expert_tile(tokens * text.top_k, text.experts, dtype.itemsize) for tokens in TOKENS}:
-            yield module.expert_into_kernel, *module.specialise_into(given, inner, tile)
-            yield module.expert_out_of_kernel, *module.specialise_out_of(given, inner, outputs, tile)
+        for tile in {launch.expert_tile(tokens * text.top_k, text.experts, held.itemsize) for tokens in TOKENS}:
+            yield module.expert_into_kernel, *module.specialise_into(given, inner, tile, scales)
+            yield module.expert_out_of_kernel, *module.specialise_out_of(given, read, outputs, tile, scales)
 
 
 def pick_token(_dtype):
@@ -215,8 +255,8 @@ def pick_token(_dtype):
 OPERATORS = {
     function.__name__: function
     for function in (
-        attention, compress, expert_mlp, global_attention, layer_norm, linear, paged_attention, patch_embed, pick_token, rms_norm,
-        rope_cache, route, silu_mul, window_attention,
+        attention, compress, e4m3_rows, expert_mlp, global_attention, layer_norm, linear, linear_e4m3, paged_attention, patch_embed,
+        pick_token, rms_norm, rope_cache, route, silu_mul, window_attention,
     )
 }  # fmt: skip
 
@@ -252,8 +292,9 @@ def operand_bytes(kernel, options, itemsize):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_what_is_chosen_fits(name, dtype):
     """By arithmetic; what the compiler makes of it is the gate's to say."""
-    for kernel, _, options in OPERATORS[name](dtype):
-        needed = operand_bytes(kernel.fn.__name__, options, dtype.itemsize)
+    for kernel, arguments, options in OPERATORS[name](dtype):
+        is_e4m3 = getattr(arguments[0], "dtype", None) == torch.float8_e4m3fn
+        needed = operand_bytes(kernel.fn.__name__, options, 1 if is_e4m3 else dtype.itemsize)
         assert needed <= min(SHARED.values()), f"{kernel.fn.__name__} {options}: {needed} bytes"
 
 
