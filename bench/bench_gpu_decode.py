@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_e4m3 import linear_case
 from gpu_timing import Case, Errors, Plan, compare, main
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
@@ -146,8 +147,11 @@ def paged(rows: int, context: int, device: torch.device, sizes: Sizes) -> Case:
 
 
 def routing_inputs(rows: int, device: torch.device, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    x, weight = noise(device, rows, sizes.hidden), noise(device, sizes.experts, sizes.hidden) / sizes.hidden**0.5
-    return x.to(sizes.dtype), weight.to(sizes.dtype)
+    return noise(device, rows, sizes.hidden).to(sizes.dtype), router_of(device, sizes)
+
+
+def router_of(device: torch.device, sizes: Sizes) -> Tensor:
+    return (noise(device, sizes.experts, sizes.hidden) / sizes.hidden**0.5).to(sizes.dtype)
 
 
 def choosing(rows: int, device: torch.device, sizes: Sizes) -> Case:
@@ -197,6 +201,32 @@ def experts(rows: int, device: torch.device, sizes: Sizes) -> Case:
     return Case("expert_mlp", f"{rows} rows", sizes.dtype, run, others, check, moved, 2 * pairs * weight)
 
 
+def experts_e4m3(rows: int, device: torch.device, sizes: Sizes) -> Case:
+    """The same of 8-bit floats; torch's way is that of 16 bits, for it has none that rounds between the products."""
+    made = experts(rows, device, sizes)
+    x, into, out_of, routing = made.ours.args  # type: ignore[attr-defined]
+    (into, into_scales, _), (out_of, out_of_scales, _) = ops.e4m3_rows(into), ops.e4m3_rows(out_of)
+    run = partial(ops.expert_mlp, x, into, out_of, routing, ops.ExpertScales(into_scales, out_of_scales))
+
+    def check() -> Errors:
+        few = ops.route(x[:CHECKED], router_of(device, sizes), sizes.top_k)
+        inputs = (x[:CHECKED], into, out_of, few.weights, few.order, few.starts, into_scales, out_of_scales)
+        expected = reference.expert_mlp(*inputs)
+        return compare(run()[:CHECKED], expected, expected.double())  # an exact sum would be rounded elsewhere between the products
+
+    used = int((routing.starts.diff() > 0).sum())
+    halved = used * 3 * sizes.expert_width * sizes.hidden * (sizes.dtype.itemsize - 1)
+    scales = 4 * used * (2 * sizes.expert_width + sizes.hidden)
+    shape = f"{rows} rows, e4m3"
+    return Case("expert_mlp", shape, ops.E4M3, run, made.theirs, check, made.bytes - halved + scales, made.flops)
+
+
+def layer_e4m3(rows: int, device: torch.device, sizes: Sizes) -> Case:
+    """One of the dense MLP's."""
+    of_layer = (rows, sizes.hidden, sizes.dense_width)
+    return linear_case(f"{rows} rows", of_layer, "none", device, sizes.dtype, has_bias=False)
+
+
 def picking(rows: int, device: torch.device, sizes: Sizes) -> Case:
     """Greedy, behind the guard, of which torch's way knows nothing."""
     logits = 4 * noise(device, rows, sizes.vocab)
@@ -230,6 +260,7 @@ SIMPLE = {
     "rope_cache": rope,
     "route": choosing,
     "expert_mlp": experts,
+    "linear_e4m3": layer_e4m3,
     "pick_token": picking,
 }
 
@@ -238,6 +269,7 @@ def plans(device: torch.device, sizes: Sizes) -> list[Plan]:
     made: list[Plan] = []
     for operator, make in SIMPLE.items():
         made += [(f"{operator} {rows} rows", partial(make, rows, device, sizes)) for rows in BATCHES]
+    made += [(f"expert_mlp {rows} rows, e4m3", partial(experts_e4m3, rows, device, sizes)) for rows in BATCHES]
     for context in CONTEXTS:
         made += [(f"paged_attention {rows} x {context}", partial(paged, rows, context, device, sizes)) for rows in BATCHES]
     return made

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from gpu_e4m3 import linear_case
 from gpu_timing import Case, Errors, Plan, compare, main
 from torch import Tensor
 from torch.nn.functional import conv2d, scaled_dot_product_attention
@@ -185,6 +186,13 @@ def linear(activation: ops.Activation, side: int, pages: int, device: torch.devi
     return Case(**(vars(made) | {"shape": f"{side} px x {pages}, {activation}, bf16"}))
 
 
+def linear_e4m3(activation: ops.Activation, side: int, pages: int, device: torch.device) -> Case:
+    """The same layers of 8-bit floats."""
+    rows, width = ((side // 16) ** 2, WIDTH) if activation == "gelu" else ((side // 64) ** 2 + 1, CLIP_WIDTH)
+    shape = f"{side} px x {pages}, {activation}"
+    return linear_case(shape, (pages * rows, width, 4 * width), activation, device, DTYPE, has_bias=True)
+
+
 def compress(side: int, pages: int, device: torch.device) -> Case:
     grid, neck, middle, last = side // 16, 256, 512, 1024
     inputs = compress_inputs(pages, (grid, grid), (WIDTH, neck, middle, last), DTYPE, device)
@@ -203,6 +211,8 @@ MAKERS = {
     "add_layer_norm": add_layer_norm,
     "linear, gelu": partial(linear, "gelu"),
     "linear, quick_gelu": partial(linear, "quick_gelu"),
+    "linear_e4m3, gelu": partial(linear_e4m3, "gelu"),
+    "linear_e4m3, quick_gelu": partial(linear_e4m3, "quick_gelu"),
 }
 
 

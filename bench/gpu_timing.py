@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optmem.machine import E4M3_CAPABILITY
 from optmem.testing import assert_close
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,7 +87,16 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in "ab")
         rates[dtype] = 2 * SIDE**3 / seconds(lambda a=a, b=b: a @ b)
+    if torch.cuda.get_device_capability(device) >= E4M3_CAPABILITY:
+        rates[torch.float8_e4m3fn] = 2 * SIDE**3 / seconds(_product_of_e4m3(device))
     return Ceilings(bandwidth, rates)
+
+
+def _product_of_e4m3(device: torch.device) -> Callable[[], Tensor]:
+    """With one scale for all, and sums as short as the tensor cores keep them: the fastest that there is."""
+    a, b = (torch.randn(SIDE, SIDE, device=device).to(torch.float8_e4m3fn) for _ in "ab")
+    one = torch.ones((), device=device)
+    return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def seconds(run: Callable[[], Any], *, replayed: bool = True) -> float:

@@ -309,7 +309,7 @@ def expert_mlp(
 
 
 def _launch_vectors(given: Given, scales: Scales, out: Tensor) -> None:
-    x, gate_up, down, _, order, _ = given
+    x, _, down, _, order, _ = given
     _, hidden, width = down.shape
     inner = x.new_empty((order.numel(), width))
     rows, x_scales = as_held(x, scales[0])
@@ -399,9 +399,7 @@ def gate_cases() -> Iterator[GateCase]:
         yield from _cases_of(dtype, torch.float8_e4m3fn, *sizes)
 
 
-def _cases_of(
-    dtype: torch.dtype, held: torch.dtype, hidden: int, width: int, top_k: int, num_tiles: int
-) -> Iterator[GateCase]:
+def _cases_of(dtype: torch.dtype, held: torch.dtype, hidden: int, width: int, top_k: int, num_tiles: int) -> Iterator[GateCase]:
     """One decoder's experts, with matrices that are held as this type."""
     shapes = ((40, hidden), (64, 2 * width, hidden), (64, hidden, width), (40 * top_k, width), (40 * top_k, hidden))
     x, gate_up, down, inner, outputs = (torch.empty(shape, device="meta") for shape in shapes)

@@ -6,7 +6,7 @@ and reductions work on the bit patterns and return garbage without an error (tri
     casts        decoded and encoded exactly, rounded to nearest even, from integers too
     tl.dot       decodes bf16 operands
     all else     on raw bf16 raises a TypeError: cast the load to tl.float32 first
-    e4m3         the same, whose stock casts lose carries, NaN and the numbers below 2^-6; what is too large becomes 448, as on sm_90
+    e4m3         the same, whose stock casts lose carries, NaN and what is below 2^-6; what is too large becomes 448, as on sm_90
     int(tensor)  works with numpy 2.4 and later, as do loops over tl.cdiv(n, BLOCK)
 
 Checked with triton 3.6.0 and numpy 2.4.6; tests/test_interpreter.py says when a repair is no longer needed or no longer holds.
@@ -63,7 +63,8 @@ def decode_e4m3(bits: Any) -> NDArray[np.float32]:
     """The bits of e4m3 to fp32, exactly."""
     code = np.asarray(bits).view(np.uint8)
     size = np.append(E4M3, np.float32(np.nan))[code & 0x7F]
-    return np.where(code & 0x80, -size, size).astype(np.float32)
+    found: NDArray[np.float32] = np.where(code & 0x80, -size, size).astype(np.float32)
+    return found
 
 
 def install() -> None:

@@ -67,7 +67,9 @@ def _model(command: Command) -> Command:
     """Of the reader; the commands get an engine, or None for nano as it is, which is loaded when it is first needed."""
     chosen = click.option("--model", default="nano", show_default=True, help="Reads pages: nano, or a folder in the hub layout.")
     on = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-    held = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16; int8 on a CPU, fp8 on a GPU.")
+    held = click.option(
+        "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8 (CPU), fp8 (GPU)."
+    )
     return chosen(on(held(command)))
 
 

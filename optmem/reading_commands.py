@@ -34,7 +34,9 @@ def register(cli: click.Group) -> None:
 def _model(command: Command) -> Command:
     chosen = click.option("--model", default="nano", show_default=True, help="nano, or a folder in the hub layout.")
     on = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-    held = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16; int8 on a CPU, fp8 on a GPU.")
+    held = click.option(
+        "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8 (CPU), fp8 (GPU)."
+    )
     return chosen(on(held(command)))
 
 

@@ -31,9 +31,13 @@ def test_counts_at_a_throughput_batch():
     small = bench.experts(64, CPU, SMALL)
     assert small.bytes == 8 * 3 * 24 * 64 * 2 + 2 * 64 * 64 * 2 + 8 * 64 * 2
     assert small.flops == 2 * 64 * 2 * 3 * 24 * 64
+    halved = bench.experts_e4m3(64, CPU, SMALL)
+    assert halved.bytes == 8 * (3 * 24 * 64 + 4 * (2 * 24 + 64)) + 2 * 64 * 64 * 2 + 8 * 64 * 2
+    assert halved.flops == small.flops
+    assert bench.layer_e4m3(8, CPU, SMALL).bytes == 8 * 64 * 2 + 96 * 64 + 96 * 4 + 8 * 96 * 2
 
 
 def test_every_batch_and_context_is_planned():
     names = [name for name, _ in bench.plans(CPU, SMALL)]
-    assert len(set(names)) == len(names) == 5 * 7 + 5 * 3
+    assert len(set(names)) == len(names) == 5 * 9 + 5 * 3
     assert {"paged_attention 1024 x 1300", "expert_mlp 1024 rows"} <= set(names)

@@ -308,7 +308,7 @@ def test_what_e4m3_means():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda gate_up, down, scales: (gate_up, down, None), "gate_up must be torch.float32, got torch.float8_e4m3fn"),
+        (lambda gate_up, down, _: (gate_up, down, None), "gate_up must be torch.float32, got torch.float8_e4m3fn"),
         (lambda gate_up, down, scales: (gate_up, down.float(), scales), "down must be torch.float8_e4m3fn, got torch.float32"),
         (lambda gate_up, down, scales: (gate_up, down.char(), scales), "down must be torch.float8_e4m3fn, got torch.int8"),
         (lambda gate_up, down, scales: (gate_up.float(), down, scales), "gate_up must be torch.int8, got torch.float32"),

@@ -117,7 +117,7 @@ def test_what_cannot_be_quantised_changes_nothing():
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9)], ids=str)
 def test_a_gpu_without_such_products_is_refused(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    with pytest.raises(BackendError, match="need a GPU of compute capability 9.0 or later"):
+    with pytest.raises(BackendError, match=r"need a GPU of compute capability 9\.0 or later"):
         choose_precision("fp8", torch.device("cuda:0"))
 
 
@@ -154,7 +154,7 @@ def engines():
 def test_nano_reads_alike(engines, text):
     pages = optmem.paginate(text)
     wide, narrow = (optmem.document_text(engine.decode(engine.encode(pages))) for engine in engines)
-    print(f"\nlikeness: to the page {likeness(wide, text):.4f} fp32, {likeness(narrow, text):.4f} fp8; {likeness(narrow, wide):.4f}")
+    print(f"\nto the page {likeness(wide, text):.4f} fp32, {likeness(narrow, text):.4f} fp8; {likeness(narrow, wide):.4f}")
     assert likeness(narrow, wide) >= 0.98
 
 
@@ -193,7 +193,7 @@ def test_a_cpu_says_that_it_is_slow(caplog):
     assert "fp8 on a CPU is served by plain torch, for proof and not for speed" in caplog.text
 
 
-def test_both_kinds_of_8_bits_go_together(engines):
+def test_both_kinds_of_8_bits_go_together():
     engine = optmem.Engine.from_pretrained("nano", device="cpu", dtype="fp8", kv="8bit")
     pages = optmem.paginate("two lines\nof text\n")
     assert engine.decode(engine.encode(pages))[0].text == "two lines\nof text\n"

@@ -152,7 +152,8 @@ def layers():
         parts = [part for model in MODELS for part in (Encoder(model), Decoder(model.decoder))]
     linear = [module for part in parts for module in part.modules() if isinstance(module, (layers_of_encoders.Linear, Linear))]
     return {
-        (*module.weight.shape, getattr(module, "bias", None) is not None, getattr(module, "activation", "none")) for module in linear
+        (*module.weight.shape, getattr(module, "bias", None) is not None, getattr(module, "activation", "none"))
+        for module in linear
     }
 
 

@@ -11,7 +11,7 @@ from optmem import ops, reference
 from optmem.errors import InputError
 from optmem.kernels import launch
 from optmem.ops import e4m3
-from optmem.testing import assert_close, assert_equal, every_other, fenced, generator, guarded
+from optmem.testing import assert_close, assert_equal, every_other, fenced, generator, guarded, linear_e4m3_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,13 +20,8 @@ TILES = [launch.E4M3_WIDE, launch.E4M3_NARROW, launch.E4M3_FEW, launch.E4M3_FEWE
 
 
 def inputs_of(rows, width_in, width_out, dtype=torch.bfloat16, *, has_bias=True):
-    rng = generator(f"linear_e4m3 {rows} {width_in} {width_out}")
-    x = (torch.randn(rows, width_in, generator=rng) * 3).to(dtype)
-    weight = torch.randn(width_out, width_in, generator=rng) / width_in**0.5
-    bias = torch.randn(width_out, generator=rng).to(dtype) if has_bias else None
-    steps, scales, _ = ops.e4m3_rows(weight)
-    given = (*ops.e4m3_rows(x)[:2], steps, scales, bias)
-    return tuple(None if tensor is None else tensor.to(DEVICE) for tensor in given)
+    x, weight, bias = linear_e4m3_inputs(rows, width_in, width_out, dtype, DEVICE)
+    return (*ops.e4m3_rows(x)[:2], *ops.e4m3_rows(weight)[:2], bias if has_bias else None)
 
 
 def exactly(given, activation):

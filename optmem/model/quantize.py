@@ -4,9 +4,9 @@
     e4m3   the same with max |weight[row]| / 448, and q to the nearest 8-bit float                  an encoder's and a decoder's
 
 With int8 tokens stay what they are; with e4m3 they are rounded as rows are, so that tensor cores multiply 8 bits.
-Attention's projections, MLPs, experts and lm_head are quantised; router, embeddings, norms and convolutions are not: they are small,
-or are not read as a whole.  Nor is the encoder's projector: under a hundredth of its products, and nothing behind it would hide its
-error (docs/notes/kernels.md).
+Attention's projections, MLPs, experts and lm_head are quantised; router, embeddings, norms and convolutions are not: they are
+small, or are not read as a whole.  Nor is the encoder's projector: under a hundredth of its products, and behind it nothing else
+is added that would make its error small (docs/notes/kernels.md).
 """
 
 from __future__ import annotations

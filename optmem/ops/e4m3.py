@@ -81,9 +81,7 @@ library.define(
 )
 
 
-def linear_e4m3(
-    x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None = None, activation: Activation = "none"
-) -> Tensor:
+def linear_e4m3(x: E4m3Rows, weight: Tensor, scales: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
     """x weight^T + bias of what the 8-bit floats stand for, then a function; all in fp32, rounded once to x's own type.
 
     x        rows of `in` numbers, as e4m3_rows makes them

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optmem import reference
 from optmem.native import native
 from optmem.pages.atlas import CellAtlas
 from optmem.pages.symbols import LINE_END
@@ -179,6 +180,19 @@ def layer_norm_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.d
     rng = generator(f"layer_norm {rows} {width}")
     x = torch.randn(rows, width, generator=rng) * torch.logspace(-1, 1, rows)[:, None] + 3 * torch.randn(rows, 1, generator=rng)
     weight, bias = (torch.randn(width, generator=rng) for _ in "wb")
+    x, weight, bias = (tensor.to(device, dtype) for tensor in (x, weight, bias))
+    return x, weight, bias
+
+
+def linear_e4m3_inputs(
+    rows: int, width_in: int, width_out: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, weight and bias of which 8-bit floats of a row's scale lose nothing but what dtype rounds."""
+    rng = generator(f"linear_e4m3 {rows} {width_in} {width_out}")
+    x = torch.randn(rows, width_in, generator=rng) * 3
+    weight = torch.randn(width_out, width_in, generator=rng) / width_in**0.5
+    bias = torch.randn(width_out, generator=rng)
+    x, weight = (reference.through_e4m3(tensor, torch.float32) for tensor in (x, weight))
     x, weight, bias = (tensor.to(device, dtype) for tensor in (x, weight, bias))
     return x, weight, bias
 

@@ -1,0 +1,129 @@
+"""What dtype="fp8" costs: vision tokens of 8-bit floats beside bf16's own error, and what nano says of them.
+
+    python bench/fp8_error.py [pages of a kind] [folder of a corpus]
+
+Features: relative rms of the difference and mean cosine of a token, bf16 against fp32 and fp8 against bf16, for nano on held-out
+pages and for a random V1 at a tenth of its widths, whose logits are compared too.  Reading: greedily, token by token, how many
+symbols and rows are those that bf16 says; beside it fp32, and 8 bits in the encoder or in the decoder alone.  All on a CPU, through
+the reference: a GPU's kernels sum in another order.  One line of JSON last.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from optmem.engine.checkpoint import find_checkpoint
+from optmem.model.cache import Cache
+from optmem.model.model import Model
+from optmem.model.quantize import quantize_e4m3
+from optmem.train.corpus import open_corpus
+from optmem.train.evaluate_pages import held_out, parse_form
+from optmem.train.evaluate_reading import Nano, encode, read_greedily, read_samples
+
+FORM = parse_form("512:8x16")
+ROWS = range(2, 10)
+KINDS = ("prose", "code", "shuffled", "characters", "symbols")  # natural, words in any order, and no words at all
+CORPUS = Path.home() / ".cache" / "optmem" / "corpus"
+
+
+def difference(actual, expected):
+    """Relative rms, and the mean cosine of a row."""
+    actual, expected = (torch.cat(list(tensors)).double() for tensors in (actual, expected))
+    return {
+        "rms": ((actual - expected).norm() / expected.norm()).item(),
+        "cosine": cosine_similarity(actual, expected, dim=-1).mean().item(),
+    }
+
+
+def as_fp8(model):
+    quantize_e4m3(model.encoder, model.decoder)
+    return model
+
+
+def parts(encoder, decoder):
+    """A model that sees with one and says with the other."""
+    model = object.__new__(Model)
+    model.__dict__ = {**vars(decoder), "encoder": encoder.encoder}
+    return model
+
+
+def agreement(said, base):
+    """Symbols and rows that are those of the base, place by place."""
+    symbols = same_symbols = rows = same_rows = 0
+    for page, other in zip(base, said, strict=True):
+        found = {row.number: row.ids for row in other.rows}
+        for row in page.rows:
+            ids = found.get(row.number, [])
+            symbols, rows = symbols + len(row.ids), rows + 1
+            same_symbols += sum(one == two for one, two in zip(row.ids, ids, strict=False))
+            same_rows += row.ids == ids
+    likeness = sum(page.score().likeness for page in said) / len(said)
+    return {"symbols": symbols, "same_symbols": same_symbols, "rows": rows, "same_rows": same_rows, "likeness": likeness}
+
+
+@torch.inference_mode()
+def measure(models, corpus, kind, number):
+    samples = held_out(corpus, kind, FORM, 0, number)
+    seen = {name: encode(Nano.of(model), samples) for name, model in models.items() if name in ("fp32", "bf16", "fp8")}
+    features = {"bf16": difference(seen["bf16"], seen["fp32"]), "fp8": difference(seen["fp8"], seen["bf16"])}
+    said = {}
+    for name, model in models.items():
+        tokens = seen[{"fp8 encoder": "fp8", "fp8 decoder": "bf16"}.get(name, name)]
+        said[name] = read_samples(Nano.of(model), samples, tokens, [ROWS] * number, read_greedily)
+    return {"features": features, "reading": {name: agreement(found, said["bf16"]) for name, found in said.items()}}
+
+
+@torch.inference_mode()
+def measure_v1(corpus, scale=0.1):
+    """A tenth of the widths, all of the layers that are left; pages of 512 px, and logits of 64 random tokens."""
+    models = {dtype: Model.random("deepseek-ocr", scale=scale, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    fp8 = as_fp8(Model.random("deepseek-ocr", scale=scale, dtype=torch.bfloat16))
+    images = torch.stack([torch.from_numpy(page.image)[..., None] for page in held_out(corpus, "prose", FORM, 0, 2)])
+    ids = torch.randint(0, fp8.decoder.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+    three = (*models.values(), fp8)
+    seen, said = [model.encoder(images).flatten(0, 1) for model in three], [logits(model.decoder, ids) for model in three]
+    config = fp8.config
+    facts = {"encoder_width": config.stage_one.width, "hidden": config.decoder.hidden, "layers": config.decoder.layers}
+    return facts | {
+        what: {"bf16": difference([bf16], [fp32]), "fp8": difference([eight], [bf16])}
+        for what, (fp32, bf16, eight) in (("features", seen), ("logits", said))
+    }
+
+
+def logits(decoder, ids):
+    cache = Cache.for_tokens(decoder.config, len(ids), decoder.dtype, prompt=len(ids))
+    batch = cache.batch([cache.new_sequence(prompt=len(ids))], [len(ids)])
+    return decoder.logits(decoder(decoder.embed(ids), batch, cache))
+
+
+def show(name, pair):
+    figures = (f"{way} rms {one['rms']:.2%} cosine {one['cosine']:.6f}" for way, one in pair.items())
+    print(f"{name:28}", *figures, sep="   ")
+
+
+def main(number, folder):
+    corpus = open_corpus(folder, "held-out")
+    nano = find_checkpoint("nano")
+    fp32, bf16 = (Model.load(nano, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    fp8 = as_fp8(Model.load(nano, dtype=torch.bfloat16))
+    models = {"bf16": bf16, "fp32": fp32, "fp8": fp8, "fp8 encoder": parts(fp8, bf16), "fp8 decoder": parts(bf16, fp8)}
+    v1 = measure_v1(corpus)
+    show("random V1, features", v1["features"])
+    show("random V1, logits", v1["logits"])
+    kinds = {}
+    for kind in KINDS:
+        kinds[kind] = measure(models, corpus, kind, number)
+        show(f"nano, {kind}", kinds[kind]["features"])
+        for name, one in kinds[kind]["reading"].items():
+            symbols = f"{one['same_symbols'] / one['symbols']:9.3%} of {one['symbols']} symbols"
+            rows = f"{one['same_rows']} of {one['rows']} rows"
+            print(f"    {name:12} {symbols}, {rows} as bf16; likeness to the page {one['likeness']:.4f}", flush=True)
+    print(json.dumps({"torch": torch.__version__, "pages": number, "v1": v1, "nano": kinds}))
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    main(int(given[0]) if given else 4, Path(given[1]) if len(given) > 1 else CORPUS)
