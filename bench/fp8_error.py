@@ -10,6 +10,7 @@ the reference: a GPU's kernels sum in another order.  One line of JSON last.
 
 import json
 import sys
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -45,8 +46,8 @@ def as_fp8(model):
 
 def parts(encoder, decoder):
     """A model that sees with one and says with the other."""
-    model = object.__new__(Model)
-    model.__dict__ = {**vars(decoder), "encoder": encoder.encoder}
+    model = copy(decoder)
+    model.encoder = encoder.encoder
     return model
 
 
