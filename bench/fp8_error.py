@@ -1,9 +1,9 @@
 """What dtype="fp8" costs: vision tokens of 8-bit floats beside bf16's own error, and what nano says of them.
 
-    python bench/fp8_error.py [pages of a kind] [folder of a corpus]
+    python bench/fp8_error.py [pages of a kind] [v1, prose, code, shuffled, characters, symbols: all]
 
 Features: relative rms of the difference and mean cosine of a token, bf16 against fp32 and fp8 against bf16, for nano on held-out
-pages and for a random V1 at a tenth of its widths, whose logits are compared too.  Reading: greedily, token by token, how many
+pages and for a random V1 of full size; logits for its decoder at half of its sizes.  Reading: greedily, token by token, how many
 symbols and rows are those that bf16 says; beside it fp32, and 8 bits in the encoder or in the decoder alone.  All on a CPU, through
 the reference: a GPU's kernels sum in another order.  One line of JSON last.
 """
@@ -18,8 +18,12 @@ from torch.nn.functional import cosine_similarity
 
 from optmem.engine.checkpoint import find_checkpoint
 from optmem.model.cache import Cache
+from optmem.model.config import scaled
+from optmem.model.config_json import public_config
+from optmem.model.encoder import Encoder
 from optmem.model.model import Model
 from optmem.model.quantize import quantize_e4m3
+from optmem.model.random import random_decoder, random_state
 from optmem.train.corpus import open_corpus
 from optmem.train.evaluate_pages import held_out, parse_form
 from optmem.train.evaluate_reading import Nano, encode, read_greedily, read_samples
@@ -27,6 +31,7 @@ from optmem.train.evaluate_reading import Nano, encode, read_greedily, read_samp
 FORM = parse_form("512:8x16")
 ROWS = range(2, 10)
 KINDS = ("prose", "code", "shuffled", "characters", "symbols")  # natural, words in any order, and no words at all
+V1 = public_config("deepseek-ocr")
 CORPUS = Path.home() / ".cache" / "optmem" / "corpus"
 
 
@@ -39,15 +44,10 @@ def difference(actual, expected):
     }
 
 
-def as_fp8(model):
-    quantize_e4m3(model.encoder, model.decoder)
-    return model
-
-
-def parts(encoder, decoder):
+def mixed(sees, says):
     """A model that sees with one and says with the other."""
-    model = copy(decoder)
-    model.encoder = encoder.encoder
+    model = copy(says)
+    model.encoder = sees.encoder
     return model
 
 
@@ -78,20 +78,29 @@ def measure(models, corpus, kind, number):
 
 
 @torch.inference_mode()
-def measure_v1(corpus, scale=0.1):
-    """A tenth of the widths, all of the layers that are left; pages of 512 px, and logits of 64 random tokens."""
-    models = {dtype: Model.random("deepseek-ocr", scale=scale, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    fp8 = as_fp8(Model.random("deepseek-ocr", scale=scale, dtype=torch.bfloat16))
-    images = torch.stack([torch.from_numpy(page.image)[..., None] for page in held_out(corpus, "prose", FORM, 0, 2)])
-    ids = torch.randint(0, fp8.decoder.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
-    three = (*models.values(), fp8)
-    seen, said = [model.encoder(images).flatten(0, 1) for model in three], [logits(model.decoder, ids) for model in three]
-    config = fp8.config
-    facts = {"encoder_width": config.stage_one.width, "hidden": config.decoder.hidden, "layers": config.decoder.layers}
-    return facts | {
-        what: {"bf16": difference([bf16], [fp32]), "fp8": difference([eight], [bf16])}
-        for what, (fp32, bf16, eight) in (("features", seen), ("logits", said))
-    }
+def measure_v1(corpus):
+    """Features of the encoder at full size, over a page of 512 px; logits of 64 tokens of a decoder at half of its sizes."""
+    image = torch.from_numpy(held_out(corpus, "prose", FORM, 0, 1)[0].image)[None, ..., None]
+    seen = v1_ways(random_encoder, lambda encoder: [encoder(image)[0]])
+    config = scaled(V1, 0.5).decoder
+    ids = torch.randint(0, config.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+    said = v1_ways(lambda dtype: random_decoder(config, 0, dtype), lambda decoder: [logits(decoder, ids)])
+    return {"features": seen, "logits": said, "decoder_layers": config.layers, "hidden": config.hidden}
+
+
+def v1_ways(make, run):
+    """One module at a time: of the decoder alone there are gigabytes."""
+    fp32, bf16 = (run(make(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    eight = make(torch.bfloat16)
+    quantize_e4m3(eight)
+    return {"bf16": difference(bf16, fp32), "fp8": difference(run(eight), bf16)}
+
+
+def random_encoder(dtype):
+    with torch.device("meta"):
+        encoder = Encoder(V1)
+    encoder.load_state_dict(random_state(encoder, 0, dtype), assign=True)
+    return encoder.requires_grad_(requires_grad=False).eval()
 
 
 def logits(decoder, ids):
@@ -105,26 +114,25 @@ def show(name, pair):
     print(f"{name:28}", *figures, sep="   ")
 
 
-def main(number, folder):
-    corpus = open_corpus(folder, "held-out")
+def main(number, parts):
+    corpus, found = open_corpus(CORPUS, "held-out"), {}
+    if "v1" in parts:
+        found["v1"] = measure_v1(corpus)
+        show("random V1, features", found["v1"]["features"])
+        show("random V1, half, logits", found["v1"]["logits"])
     nano = find_checkpoint("nano")
-    fp32, bf16 = (Model.load(nano, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    fp8 = as_fp8(Model.load(nano, dtype=torch.bfloat16))
-    models = {"bf16": bf16, "fp32": fp32, "fp8": fp8, "fp8 encoder": parts(fp8, bf16), "fp8 decoder": parts(bf16, fp8)}
-    v1 = measure_v1(corpus)
-    show("random V1, features", v1["features"])
-    show("random V1, logits", v1["logits"])
-    kinds = {}
-    for kind in KINDS:
-        kinds[kind] = measure(models, corpus, kind, number)
-        show(f"nano, {kind}", kinds[kind]["features"])
-        for name, one in kinds[kind]["reading"].items():
+    fp32, bf16, fp8 = (Model.load(nano, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    quantize_e4m3(fp8.encoder, fp8.decoder)
+    models = {"bf16": bf16, "fp32": fp32, "fp8": fp8, "fp8 encoder": mixed(fp8, bf16), "fp8 decoder": mixed(bf16, fp8)}
+    for kind in (kind for kind in KINDS if kind in parts):
+        found[kind] = measure(models, corpus, kind, number)
+        show(f"nano, {kind}", found[kind]["features"])
+        for name, one in found[kind]["reading"].items():
             symbols = f"{one['same_symbols'] / one['symbols']:9.3%} of {one['symbols']} symbols"
             rows = f"{one['same_rows']} of {one['rows']} rows"
             print(f"    {name:12} {symbols}, {rows} as bf16; likeness to the page {one['likeness']:.4f}", flush=True)
-    print(json.dumps({"torch": torch.__version__, "pages": number, "v1": v1, "nano": kinds}))
+    print(json.dumps({"torch": torch.__version__, "pages": number, "found": found}))
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main(int(given[0]) if given else 4, Path(given[1]) if len(given) > 1 else CORPUS)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2:] or ("v1", *KINDS))

@@ -166,8 +166,6 @@ def activated(x: Tensor, activation: str) -> Tensor:
     return x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else x
 
 
-# --- e4m3 ---------------------------------------------------------------------------------------------------------------------
-
 LARGEST_E4M3 = 448.0
 
 
@@ -177,11 +175,6 @@ def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = (wide.abs().amax(-1) / LARGEST_E4M3).clamp(min=torch.finfo(torch.float32).tiny)
     steps = wide / scales[..., None]
     return steps.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn), scales
-
-
-def through_e4m3(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What its rows stand for as e4m3, in this type."""
-    return scaled_rows(*e4m3_rows(x), dtype)
 
 
 def linear_e4m3(
@@ -396,14 +389,11 @@ def expert_mlp(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
 ) -> Tensor:
-    """SwiGLU of every used expert over its tokens; sums in fp32, rounded once.  Shapes as in ops.expert_mlp.
-
-    Weights of e4m3 meet tokens of e4m3, and what stands between the two products is rounded to it too.
-    """
+    """SwiGLU of every used expert over its tokens; sums in fp32, rounded once.  Shapes as in ops.expert_mlp."""
     sums, dtype = torch.zeros_like(_at_least_fp32(x)), x.dtype
     inside = gate_up.dtype if gate_up_scales is None else sums.dtype
     is_e4m3 = gate_up.dtype == torch.float8_e4m3fn
-    x = through_e4m3(x, inside) if is_e4m3 else x
+    x = scaled_rows(*e4m3_rows(x), inside) if is_e4m3 else x
     top_k = weights.shape[1]
     edges = starts.tolist()
     for expert, (start, end) in enumerate(itertools.pairwise(edges)):
@@ -416,7 +406,8 @@ def expert_mlp(
             into, out_of = scaled_rows(into, gate_up_scales[expert], inside), scaled_rows(out_of, down_scales[expert], inside)
         gate, up = torch.nn.functional.linear(x[tokens].to(inside), into).chunk(2, dim=-1)
         inner = (torch.nn.functional.silu(gate) * up).to(dtype)
-        outputs = torch.nn.functional.linear(through_e4m3(inner, inside) if is_e4m3 else inner.to(inside), out_of)
+        inner = scaled_rows(*e4m3_rows(inner), inside) if is_e4m3 else inner.to(inside)
+        outputs = torch.nn.functional.linear(inner, out_of)
         sums.index_add_(0, tokens, (outputs * weights.flatten()[pairs, None]).to(sums.dtype))
     return sums.to(dtype)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from optmem import ops
 from optmem.errors import InputError
-from optmem.machine import empty_weight, require_e4m3
+from optmem.machine import empty_weight
 from optmem.model import layers
 from optmem.model.decoder import Decoder, Experts, Linear
 from optmem.model.encoder import Encoder
@@ -77,21 +77,19 @@ def quantize(decoder: Decoder) -> None:
     if device.type != "cpu":
         raise InputError(f"int8 weights are for a CPU, the decoder is on {device}")
     _check_new(decoder)
-    _quantize_decoder(decoder, quantize_rows)
+    _quantize_all(decoder, quantize_rows)
 
 
-def quantize_e4m3(encoder: Encoder, decoder: Decoder) -> None:
-    """Hold the matrices of a model as e4m3 from now on, one after the other; what shares its weights keeps them as they are.
+def quantize_e4m3(*parts: Encoder | Decoder) -> None:
+    """Hold the matrices of encoders and decoders as e4m3 from now on, one after the other; what shares its weights keeps them as
+    they are.
 
     Raises InputError where they are quantised already, or hold what is not finite; BackendError on a GPU that has no such products.
     """
-    require_e4m3(decoder.lm_head.weight.device)
-    _check_new(decoder)
-    _check_new(encoder)
-    _quantize_decoder(decoder, quantize_rows_e4m3)
-    for module in encoder.modules():
-        if isinstance(module, layers.Linear) and module is not encoder.projector.layers:
-            _quantize(module, "weight", "scales", quantize_rows_e4m3)
+    for part in parts:
+        _check_new(part)
+    for part in parts:
+        _quantize_all(part, quantize_rows_e4m3)
 
 
 def _check_new(part: Decoder | Encoder) -> None:
@@ -103,9 +101,10 @@ def _check_new(part: Decoder | Encoder) -> None:
             raise InputError(f"weights that are NaN or infinite cannot be quantised: {name}")
 
 
-def _quantize_decoder(decoder: Decoder, rounded: Rounding) -> None:
-    for module in decoder.modules():
-        if isinstance(module, Linear):
+def _quantize_all(part: Encoder | Decoder, rounded: Rounding) -> None:
+    kept = part.projector.layers if isinstance(part, Encoder) else None
+    for module in part.modules():
+        if isinstance(module, Linear | layers.Linear) and module is not kept:
             _quantize(module, "weight", "scales", rounded)
         elif isinstance(module, Experts):
             _quantize(module, "gate_up", "gate_up_scales", rounded)
