@@ -372,8 +372,9 @@ def specialise_prompt(inputs: Inputs, out: Tensor, plan: PagedPlan, window: int,
 def _wide_loads(keys: Tensor, launch: Launch) -> int:
     """Of a thread in a step, when keys and values come 16 bytes at once."""
     options = launch[1]
-    moved: int = 2 * options["BLOCK_N"] * options["BLOCK_D"] * keys.element_size()
-    return moved // (16 * 32 * options["num_warps"])
+    moved = 2 * options["BLOCK_N"] * options["BLOCK_D"] * keys.element_size()
+    loads: int = moved // (16 * 32 * options["num_warps"])
+    return loads
 
 
 def gate_cases() -> Iterator[GateCase]:
