@@ -7,35 +7,46 @@ made with keep_sharp=False do they age too, to what is shown, and what was read 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from optmem.errors import InputError, PageCorrupted
 from optmem.images import Pixels
 from optmem.memory.allocation import Allocation, Candidate, allocate
 from optmem.memory.details import Details, handle
-from optmem.memory.drawing import PIXELS, Group
+from optmem.memory.drawing import PIXELS, Group, handle_text, rows_of
 from optmem.memory.importance import importance
 from optmem.memory.ladder import sheet_of
 from optmem.memory.optics import Optics, as_png, from_png, sheet_of_pages
 from optmem.memory.records import StoredPage
 from optmem.memory.settings import Settings, State
+from optmem.memory.sketch import Sketched, SketchPage, drawn_part, open_groups, sketch
 from optmem.memory.tiers import Choices, Tier
 from optmem.memory.transaction import Transaction
 from optmem.memory.view import View
 
 SHOWN, SHEET, TOKENS = "shown", "sheet", "tokens"  # kinds of files
+SKETCH = -1  # the run of what is drawn before its page is full
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is shown as one: a page, or a group that is on none."""
+    """What is shown as one: a page, one of a sketch, or a group that is on none."""
 
     first: int  # seq, by which the history is ordered
-    number: int  # of the page, 0 for a group
+    number: int  # of the page, or its place on a sketch; 0 for a group
     tier: int  # at which it is shown, a number on the ladder
     page: StoredPage | None = None
     details: Details | None = None
     group: Group | None = None
+    drawn: SketchPage | None = None
+
+    @property
+    def run(self) -> int | None:
+        """Of pages that are text together or not at all; None of what is always text, and of what came as a page."""
+        if self.drawn is not None:
+            return SKETCH
+        return self.details.run if self.details is not None and self.details.kind == "text" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class Plan:
     choices: tuple[Choices, ...]
     before: tuple[int | None, ...]  # tiers
     allocation: Allocation
+    sketched: Sketched
 
 
 class Planner:
@@ -63,41 +75,78 @@ class Planner:
         budget: int,
         *,
         shown: Mapping[int, int] | None = None,
+        sketched: Sketched | None = None,
     ) -> Plan:
-        """groups   that are on no pages, oldest first
-        shown    tiers at which pages were shown with this budget; None is what the store says
+        """groups    that are on no pages, oldest first
+        shown     tiers at which pages were shown with this budget; None is what the store says
+        sketched  what was sketched with this budget; None is what the store says
 
-        Raises InputError where what must not fall does not fit.
+        Where all fits as it is shown, that is the plan.  Raises InputError where what must not fall does not fit.
         """
-        pages = [(page, Details.of(page)) for page in view.pages()]
-        now = max([state.groups, *(group.number + 1 for group in groups)])
+        before = Sketched(state.sketched, state.sketch) if sketched is None else sketched
+        asked = _Asked(view, state, groups, budget, shown, before)
+        ready = open_groups(groups)
+        held = sum(group.stored[0].seq <= before.last for group in ready)
+        limit = self.settings.policy.limit(budget)
+        with suppress(InputError):
+            found = self._allocated(asked, ready[:held])
+            if found.allocation.receipt.tokens_before <= limit:
+                return found
+        ladder = self.optics.ladder
+        page_rows, page_tokens = rows_of(ladder.size, ladder.cell), ladder.tiers[ladder.sharp].tokens
+        room = limit - self._as_pages(asked, len(ready))
+        split = drawn_part(ready, held, page_rows, page_tokens, self.settings.policy, limit, room)
+        try:
+            return self._allocated(asked, ready[:split])
+        except InputError:
+            if split == len(ready):
+                raise
+        return self._allocated(asked, ready)
+
+    def _as_pages(self, asked: _Asked, ready: int) -> int:
+        """Tokens of all but the last groups, so many, as sharp as pages are, where they have not aged."""
+        sharp, total = self.optics.sharp, sum(group.tokens for group in asked.groups[: len(asked.groups) - ready])
+        for page in asked.view.pages():
+            details = Details.of(page)
+            tokens = self.choices(page, details).tokens
+            total += tokens[max(self._held(page, details, asked.shown) or 0, sharp)] or 0
+        return total
+
+    def _allocated(self, asked: _Asked, sketched: Sequence[Group]) -> Plan:
+        """With these groups on a sketch."""
+        pages = [(page, Details.of(page)) for page in asked.view.pages()]
         newest: dict[int, int] = {}
         for _, details in pages:
             newest[details.run] = max(newest.get(details.run, 0), details.group)
-        pins = _pins(view, state, pages)
-        barred: set[int] = set()
+        drawn = sketch(sketched, self.optics)
+        first, last = (sketched[0].stored[0].seq, sketched[-1].stored[-1].seq) if sketched else (0, -1)
+        now = max([asked.state.groups, *(group.number + 1 for group in asked.groups)])
+        pins, barred = _pins(asked.view, asked.state, pages, self.optics.sharp), set[int]()
         while True:
-            units, candidates = [], []
+            found = []
             for page, details in pages:
-                held = self._held(page, shown)
+                held = self._held(page, details, asked.shown)
                 choices = self.choices(page, details, barred=details.run in barred)
-                units.append(Unit(page.first, page.number, 0, page, details))
-                candidates.append(self._candidate(page, details, choices, held, newest[details.run], now, pins, shown))
-            for group in groups:
-                units.append(Unit(group.stored[0].seq, 0, 0, group=group))
-                candidates.append(self._of_group(group, now))
-            order = sorted(range(len(units)), key=lambda at: (units[at].first, units[at].number))
-            units, candidates = [units[at] for at in order], [candidates[at] for at in order]
-            found = allocate(
-                candidates, self.optics.ladder.tiers, budget, self.settings.policy, sheet_pages=self.optics.ladder.sheet_pages
-            )
-            mixed = _mixed(units, found.tiers, barred)
+                unit = Unit(page.first, page.number, 0, page, details)
+                found.append((unit, self._candidate(unit, choices, held, newest[details.run], now, pins, asked)))
+            for place, each in enumerate(drawn):
+                unit = Unit(each.first, place, 0, drawn=each)
+                found.append((unit, self._of_sketch(unit, now, asked, is_text=SKETCH not in barred)))
+            others = [group for group in asked.groups if not first <= group.stored[0].seq <= last]
+            found += [(Unit(group.stored[0].seq, 0, 0, group=group), self._of_group(group, now)) for group in others]
+            found.sort(key=lambda each: (each[0].first, each[0].number))
+            units, candidates = [unit for unit, _ in found], [candidate for _, candidate in found]
+            ladder = self.optics.ladder
+            done = allocate(candidates, ladder.tiers, asked.budget, self.settings.policy, sheet_pages=ladder.sheet_pages)
+            mixed = _mixed(units, done.tiers, barred)
             if not mixed:
                 break
             barred |= mixed
-        units = [replace(unit, tier=tier) for unit, tier in zip(units, found.tiers, strict=True)]
+        units = [replace(unit, tier=tier) for unit, tier in zip(units, done.tiers, strict=True)]
+        tiers = tuple(unit.tier for unit in units if unit.drawn is not None)
+        shown = Sketched(last, tiers) if any(tiers) else Sketched()
         before = tuple(candidate.held for candidate in candidates)
-        return Plan(tuple(units), tuple(candidate.choices for candidate in candidates), before, found)
+        return Plan(tuple(units), tuple(candidate.choices for candidate in candidates), before, done, shown)
 
     def choices(self, page: StoredPage, details: Details, *, barred: bool = False) -> Choices:
         """What a page costs and keeps at every tier."""
@@ -109,6 +158,7 @@ class Planner:
                 page.text_tokens if has_text else None,
                 facts_tokens=details.facts_tokens,
                 facts_share=details.facts_share,
+                name_tokens=self.optics.count(handle_text(page.number, "")),
                 width=details.side or page.width,
             )
             self._known[key] = found
@@ -119,47 +169,84 @@ class Planner:
         for has_text in (False, True):
             self._known.pop((number, has_text), None)
 
-    def _held(self, page: StoredPage, shown: Mapping[int, int] | None) -> int | None:
+    def _held(self, page: StoredPage, details: Details, shown: Mapping[int, int] | None) -> int | None:
         if shown is not None and page.number in shown:
             return shown[page.number]
-        return None if page.tier in ("text", "new") else self.optics.ladder.find(page.tier)
+        if page.tier in ("text", "new"):
+            return details.sketched or None
+        return self.optics.ladder.find(page.tier)
 
     def _candidate(
-        self,
-        page: StoredPage,
-        details: Details,
-        choices: Choices,
-        held: int | None,
-        group: int,
-        now: int,
-        pins: Mapping[int, int],
-        shown: Mapping[int, int] | None,
+        self, unit: Unit, choices: Choices, held: int | None, group: int, now: int, pins: Mapping[int, int], asked: _Asked
     ) -> Candidate:
+        page, details = unit.page, unit.details
+        assert page is not None
+        assert details is not None
         counts = importance(
             now, details.group, recalls=details.recalls, weight=page.weight, half_life=self.settings.policy.half_life
         )
-        is_raised = details.raised and shown is None
+        rises = self.optics.sharp if details.raised and asked.shown is None else None
+        if asked.is_larger:
+            rises = 0 if choices.tokens[0] is not None else self.optics.sharp
         return Candidate(
             handle(page.number),
             choices,
             counts,
             group,
             held,
-            self.optics.sharp if is_raised else None,
+            rises,
             pins.get(page.number),
             "it is pinned" if page.number in pins else "",
             sheet_of(page.number - 1, max(self.optics.ladder.sheet_pages, 1)),
+            rises_for="the budget is larger" if asked.is_larger else "recalled",
         )
 
     def _of_group(self, group: Group, now: int) -> Candidate:
         width = len(self.optics.ladder.tiers)
         choices = Choices((group.tokens, *[None] * (width - 1)), (1.0, *[0.0] * (width - 1)))
-        reason = group.reason or "no page of it is full yet"
         counts = importance(now, group.number, half_life=self.settings.policy.half_life)
-        return Candidate(f"m{group.stored[0].seq}", choices, counts, group.number, 0, None, 0, reason)
+        name = f"m{group.stored[0].seq}"
+        return Candidate(
+            name, choices, counts, group.number, 0, None, 0, group.reason or "it is new", is_newest=group.reason is None
+        )
+
+    def _of_sketch(self, unit: Unit, now: int, asked: _Asked, *, is_text: bool) -> Candidate:
+        """A page that is not in the store: it is shown smaller, or not at all, but never on a contact sheet."""
+        page, tiers = unit.drawn, self.optics.ladder.tiers
+        assert page is not None
+        choices = self.optics.ladder.choices(page.text_tokens if is_text else None)
+        tokens = [None if tier.kind == "sheet" else cost for tier, cost in zip(tiers, choices.tokens, strict=True)]
+        counts = importance(now, page.group, half_life=self.settings.policy.half_life)
+        held = asked.sketched.tiers[unit.number] if unit.number < len(asked.sketched.tiers) else None
+        pinned = {seq for seq, _ in asked.state.pins}
+        floor = None
+        if any(each.seq in pinned for group in page.groups for each in group.stored):
+            floor = self.optics.sharp if held else 0
+        rises = 0 if asked.is_larger and is_text else None
+        newest = page.groups[-1].number
+        choices = Choices(tuple(tokens), choices.fidelity, choices.is_measured)
+        reason = "" if floor is None else "it is pinned"
+        return Candidate(f"m{page.first}", choices, counts, newest, held, rises, floor, reason, rises_for="the budget is larger")
 
 
-def _pins(view: View, state: State, pages: Iterable[tuple[StoredPage, Details]]) -> dict[int, int]:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a plan is made of."""
+
+    view: View
+    state: State
+    groups: Sequence[Group]
+    budget: int
+    shown: Mapping[int, int] | None
+    sketched: Sketched
+
+    @property
+    def is_larger(self) -> bool:
+        """Whether nothing was shown with this budget and less was with a smaller one: what the store still has may come back."""
+        return not self.shown and 0 < self.state.aged_for < self.budget
+
+
+def _pins(view: View, state: State, pages: Iterable[tuple[StoredPage, Details]], sharp: int) -> dict[int, int]:
     """Tiers that pages must not fall below; 0, text, holds for all pages of a run."""
     found: dict[int, int] = {}
     messages = dict(state.pins)
@@ -167,7 +254,8 @@ def _pins(view: View, state: State, pages: Iterable[tuple[StoredPage, Details]])
     runs: set[int] = set()
     for page, details in pages:
         if details.pin or page.number in showing:
-            found[page.number] = 1 if details.pin == "page" or page.tier not in ("text", "new") else 0
+            is_page = details.pin == "page" or page.tier not in ("text", "new") or details.sketched
+            found[page.number] = sharp if is_page else 0
             if found[page.number] == 0:
                 runs.add(details.run)
     for page, details in pages:
@@ -180,8 +268,8 @@ def _mixed(units: Sequence[Unit], tiers: Sequence[int], barred: set[int]) -> set
     """Runs of which some pages would be text and others not."""
     seen: dict[int, set[bool]] = {}
     for unit, tier in zip(units, tiers, strict=True):
-        if unit.details is not None and unit.details.kind == "text":
-            seen.setdefault(unit.details.run, set()).add(tier == 0)
+        if unit.run is not None:
+            seen.setdefault(unit.run, set()).add(tier == 0)
     return {run for run, found in seen.items() if len(found) > 1 and run not in barred}
 
 
@@ -225,12 +313,12 @@ def _show(change: Transaction, unit: Unit, optics: Optics, settings: Settings) -
     tier, was = optics.ladder.tiers[unit.tier], unit.details.side or unit.page.width
     try:
         if tier.kind == "page" and tier.side < was:
-            change.put_blob(unit.number, SHOWN, picture(change, unit.page, tier, optics), tier=tier.name)
+            change.put_blob(unit.number, SHOWN, picture(change, unit.page, tier, optics), tier=tier.view)
         else:
             change.drop_blob(unit.number, SHOWN)
         kept = tier if tier.kind == "page" else _smallest(optics.ladder.tiers, was)
         if not settings.keep_sharp and kept is not None and kept.side < was:
-            change.put_blob(unit.number, PIXELS, picture(change, unit.page, kept, optics), tier=kept.name)
+            change.put_blob(unit.number, PIXELS, picture(change, unit.page, kept, optics), tier=kept.view)
             change.drop_blob(unit.number, SHOWN)
             change.drop_blob(unit.number, TOKENS)
             change.drop_readings(unit.number)
@@ -259,7 +347,7 @@ def _sharp(view: View, page: StoredPage) -> bytes:
 def picture(view: View, page: StoredPage, tier: Tier, optics: Optics) -> bytes:
     """The file of a page's picture at a tier.  Raises PageCorrupted."""
     for blob in view.blobs(page.number):
-        if blob.kind == SHOWN and blob.tier == tier.name:
+        if blob.kind == SHOWN and blob.tier == tier.view:
             return view.blob(page.number, SHOWN)
     content = _sharp(view, page)
     pixels = from_png(content)

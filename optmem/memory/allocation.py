@@ -8,7 +8,7 @@ to the best steps that still fit.  The whole is short of the best allocation by 
 What holds besides:
 - Nothing changes while what is shown fits the trigger: not by ageing, not by new messages.  A trigger that what is kept, pinned and
   excluded passes alone is none, and the budget is in its place.
-- A page is never made sharper than it is shown, unless it was recalled or is pinned.
+- A page is never made sharper than it is shown, unless it was recalled, is pinned, or the budget was raised.
 - A contact sheet is paid for once, as soon as one of its pages is shown on it.  Steps onto it are counted by shares; the sheets
   that keep least are then given up, until the others fit at their whole price.
 """
@@ -41,10 +41,12 @@ class Candidate:
     importance: float
     group: int  # of messages, the newest that is on it; numbers rise with time
     held: int | None = None  # the tier it is shown at; None is new, and text
-    rises_to: int | None = None  # the tier that a recall since then may raise it to
+    rises_to: int | None = None  # the tier that it may be raised to
     floor: int | None = None  # the tier that it must not fall below
     reason: str = ""  # why it must not
     sheet: int = 0  # number of the contact sheet that it is on
+    is_newest: bool = False  # it is held for being new already: its tokens are of those that the newest may take
+    rises_for: str = "recalled"  # why it may be raised
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class _State:
         if not (np.isfinite(self.value).all() and (importance >= 0).all() and not (self.tokens < 0).any()):
             raise InputError("importance and tokens of a page are numbers of at least 0, and its fidelity is a number")
         self.group = np.array([page.group for page in pages])
+        self.is_newest = np.array([page.is_newest for page in pages])
         self.sheets = np.array([page.sheet for page in pages])
         self.column = next((number for number, tier in enumerate(tiers) if tier.kind == "sheet"), NO_SHEET)
         self.sheet_tokens = tiers[self.column].tokens if self.column != NO_SHEET else 0
@@ -139,9 +142,11 @@ class _State:
     def keep(self, policy: Policy, limit: int, budget: int) -> Ints:
         """Holds the pages of the newest groups where they are, as far as there is place; the rows of all that were to be held."""
         numbers, place = np.unique(self.group, return_inverse=True)
-        first = max(len(numbers) - policy.keep, 0)
-        more = self.cost[self.rows, self.current] - self.cost[self.rows, self.bottom]  # tokens that holding a page takes
-        oldest = _oldest_kept(np.bincount(place, weights=more).tolist(), first, policy.keep_share * limit)
+        first = 0 if policy.keep is None else int(np.searchsorted(numbers, numbers[-1] - policy.keep, side="right"))
+        bottom = np.where(self.is_newest, 0.0, self.cost[self.rows, self.bottom])
+        more = np.bincount(place, weights=self.cost[self.rows, self.current] - bottom)  # tokens that holding each group takes
+        oldest = _oldest_kept(more.tolist(), first, policy.kept_tokens(limit), must=policy.keep is not None)
+        asked = oldest if policy.keep is None else first
         while oldest < len(numbers):
             held = self.rows[place >= oldest]
             bottom = self.bottom.copy()
@@ -151,15 +156,16 @@ class _State:
                 self.bottom = bottom
                 break
             oldest += 1
-        return self.rows[place >= first]
+        return self.rows[place >= asked]
 
 
-def _oldest_kept(more: Sequence[float], first: int, most: float) -> int:
-    """The oldest group that fits together with all newer ones; the newest in any case, where any is kept.
+def _oldest_kept(more: Sequence[float], first: int, most: float, *, must: bool) -> int:
+    """The oldest group that fits together with all newer ones; the number of groups where none does.
 
     more   tokens that holding each group takes
+    must   the newest in any case, where any is kept
     """
-    oldest = max(len(more) - 1, first)
+    oldest = max(len(more) - must, first)
     taken = sum(more[oldest:])
     while oldest > first and taken + more[oldest - 1] <= most:
         oldest -= 1
@@ -344,7 +350,7 @@ def _read_after(choices: Choices, start: int, end: int, over: str) -> str:
 
 def _why(page: Candidate, start: int, end: int, said: str) -> str:
     if end < start:
-        return page.reason if page.rises_to is None or (page.floor is not None and end <= page.floor) else "recalled"
+        return page.reason if page.rises_to is None or (page.floor is not None and end <= page.floor) else page.rises_for
     if said[-1] == " ":
         said += f"{page.importance:.3g}"
     return f"{said}; not below, for {page.reason}" if page.floor == end and page.reason else said

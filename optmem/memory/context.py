@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optmem.errors import PageCorrupted
-from optmem.memory.ageing import SHEET, Plan, Unit, picture
+from optmem.memory.ageing import SHEET, SKETCH, Plan, Unit, picture
 from optmem.memory.details import handle
 from optmem.memory.drawing import handle_text
 from optmem.memory.messages import Message
@@ -20,6 +20,8 @@ from optmem.memory.providers import Item as GivenItem
 from optmem.memory.providers import Pages, Payload, Picture, payload
 from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredMessage
+from optmem.memory.sketch import SketchPage
+from optmem.memory.tiers import Choices
 from optmem.memory.view import View
 from optmem.pages.chat import label
 from optmem.pixels import resized
@@ -46,13 +48,13 @@ class TextItem:
 class PageItem:
     """A page, or several on one contact sheet, as a picture."""
 
-    pages: tuple[str, ...]  # what they are called: "p12"
+    pages: tuple[str, ...]  # what they are called: "p12"; of one that is not full yet and in no store, its first message: "m61"
     messages: tuple[int, int]  # the first and the last that is on them
     tier: str
     png: bytes = field(repr=False)
     width: int
     height: int
-    facts: str = field(repr=False)  # said beside it: what it is called, and its factsheet
+    facts: str = field(repr=False)  # said beside it: what it is called, where it is not at its sharpest, and its factsheet
     tokens: int
     fidelity: float | None  # share of its lines that the model reads exactly at this tier, facts counted; None of others' pictures
     run: int = 0  # pages of one run show the same groups
@@ -184,6 +186,9 @@ class _Maker:
             if unit.group is not None:
                 yield from self._texts(unit.group.stored)
                 continue
+            if unit.drawn is not None:
+                yield from self._sketched(unit, unit.drawn, choices)
+                continue
             assert unit.page is not None
             assert unit.details is not None
             kind = self.optics.ladder.tiers[unit.tier].kind
@@ -207,6 +212,24 @@ class _Maker:
             message = Message.from_json(each.content, f"message {each.seq}")
             yield TextItem(each.seq, _without_bytes(message) if seqs is not None else message, each.tokens)
 
+    def _sketched(self, unit: Unit, drawn: SketchPage, choices: Choices) -> Iterator[Item]:
+        """A page that is in no store: its text is."""
+        tier = self.optics.ladder.tiers[unit.tier]
+        if tier.kind == "text":
+            yield from self._texts([each for group in drawn.groups for each in group.stored])
+        elif tier.kind == "page":
+            self._keep_sketched(drawn)
+            png, cost = drawn.picture(tier, self.optics), choices.tokens[unit.tier] or 0
+            name, span, known = f"m{drawn.first}", (drawn.first, drawn.last), choices.fidelity[unit.tier]
+            yield PageItem((name,), span, tier.name, png, tier.side, tier.side, "", cost, known, SKETCH, self.encode)
+
+    def _keep_sketched(self, drawn: SketchPage) -> None:
+        tiers = [self.optics.ladder.tiers[unit.tier].kind for unit in self.plan.units if unit.drawn is not None]
+        is_whole = set(tiers) == {"page"}
+        stored = [each for group in drawn.groups for each in group.stored]
+        messages = [Message.from_json(each.content or "", f"message {each.seq}") for each in stored if is_whole]
+        self.texts.setdefault(SKETCH, tuple(messages))
+
     def _page(self, unit: Unit, cost: int, fidelity: float) -> Iterator[PageItem]:
         assert unit.page is not None
         assert unit.details is not None
@@ -218,7 +241,8 @@ class _Maker:
             return
         self._keep_text(unit)
         side = min(tier.side, unit.details.side or unit.page.width)
-        facts = handle_text(unit.number, unit.page.factsheet)
+        beside = handle_text(unit.number, unit.page.factsheet if tier.has_facts else "")
+        facts = beside if self.optics.ladder.is_named(tier) else ""
         span = unit.page.first, unit.page.last
         run = unit.details.run if unit.details.kind == "text" else 0
         known = None if unit.details.kind == "picture" else fidelity  # it was measured of pages that optmem draws

@@ -30,6 +30,7 @@ class Details:
     raised: bool = False  # recalled since it was last shown
     side: int = 0  # pixels of its picture where that aged too; 0 is as large as it was drawn
     was_read: bool = True  # of a picture: whether its lines are in the index
+    sketched: int = 0  # the tier at which it was shown before it was full; 0 is as text
 
     def to_json(self) -> str:
         """As `of` takes it."""
@@ -44,9 +45,9 @@ class Details:
     def from_json(cls, text: str) -> Details:
         """Raises InputError for what is none."""
         found = json.loads(text)
-        if not isinstance(found, dict) or found.keys() != cls.__dataclass_fields__.keys():
+        if not isinstance(found, dict) or not {"run", "group"} <= found.keys() <= cls.__dataclass_fields__.keys():
             raise InputError("the details of a page are not such as this optmem keeps")
-        return cls(**found | {"rows": tuple(map(tuple, found["rows"])), "recalls": tuple(found["recalls"])})
+        return cls(**found | {"rows": tuple(map(tuple, found.get("rows", ()))), "recalls": tuple(found.get("recalls", ()))})
 
     def line_at(self, row: int) -> range:
         """The rows of the line that stands on a row."""

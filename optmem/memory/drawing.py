@@ -1,7 +1,7 @@
 """The text of messages as pages: cut into runs of whole groups, each of which is drawn once and never changes.
 
-A run is closed when what follows does not fit on its last page; until then its messages stay text.  Where runs are cut depends on
-the messages alone, not on when they are drawn.
+A run is closed when what follows does not fit on its last page and that is nearly full; until then its text is kept, whatever it is
+shown as.  Where runs are cut depends on the messages alone, not on when they are drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optmem.pages import Line, Page, draw_pages, paginate
 from optmem.pages.page import Box
 
 MOST_PAGES = 4  # of a run to which small groups are still added
-FREE = 8  # rows of a page that may stay free for the sake of what follows
+FREE = 2  # rows of a page that may stay free for the sake of what follows
 PIXELS = "pixels"  # kinds of files
 AT_ONCE = 32  # runs drawn in one transaction
 
@@ -129,10 +129,11 @@ def behind(state: State, done: list[Group] | Group) -> State:
     groups = [done] if isinstance(done, Group) else done
     last = groups[-1]
     count = max(state.groups, last.number + 1)
-    kept = state.kept
+    drawn = last.stored[-1].seq
+    state = replace(state, drawn=drawn, groups=count)
     if isinstance(done, Group):
-        kept = (*kept, (done.stored[0].seq, done.number))
-    return replace(state, drawn=last.stored[-1].seq, groups=count, kept=kept)
+        return replace(state, kept=(*state.kept, (done.stored[0].seq, done.number)))
+    return replace(state, sketched=0, sketch=()) if state.sketched <= drawn else state
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------------------
@@ -178,6 +179,21 @@ def draw_runs(runs: Sequence[Sequence[Group]], optics: Optics, settings: Setting
                     notes.append(f"a {part.kind} of message {seq} is on no page: {error}")
         found.append(drawn)
     return found, notes
+
+
+def lay_out(groups: Sequence[Group], optics: Optics) -> Iterator[tuple[Page, list[int], int]]:
+    """The pages of groups, with the messages that each shows and its part of their tokens as text.
+
+    The end of a text that fills its last page would have one of its own: it has none.
+    """
+    pages, seqs = _lay_out(groups, optics)
+    if len(pages) > 1 and not any(line.text.strip("\n") for line in pages[-1].lines):
+        pages = pages[:-1]
+    tokens = _shares(sum(group.tokens for group in groups), [len(page.lines) for page in pages])
+    at = 0
+    for page, share in zip(pages, tokens, strict=True):
+        yield page, seqs[at : at + len(page.lines)], share
+        at += len(page.lines)
 
 
 def _lay_out(run: Sequence[Group], optics: Optics) -> tuple[list[Page], list[int]]:
@@ -277,14 +293,18 @@ def _picture(seq: int, pixels: Pixels, details: Details, lines: tuple[NewLine, .
 
 
 def keep_runs(change: Transaction, runs: Sequence[Sequence[Drawn]], optics: Optics) -> None:
-    """Puts the pages of runs into the store."""
+    """Puts the pages of runs into the store.  The first run may have been shown as a sketch: its pages stay at its tiers."""
+    state = State.of(change)
     for run in runs:
         first = 0
-        for drawn in run:
+        tiers = state.sketch if run and state.drawn < run[0].page.messages[0] <= state.sketched else ()
+        for place, drawn in enumerate(run):
             number = change.add_page(drawn.page)
             first = first or number
             beside = handle_text(number, drawn.page.factsheet)
             details = replace(drawn.details, run=first, facts_tokens=optics.count(beside))
+            if place < len(tiers) and details.kind == "text":
+                details = replace(details, sketched=tiers[place])
             change.change_page(number, details=details.to_json())
             change.put_blob(number, PIXELS, drawn.png, tier="sharp")
             if not details.was_read:

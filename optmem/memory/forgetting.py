@@ -140,12 +140,14 @@ class Forgetting:
         number = change.add_page(
             NewPage(identity, seqs, page.tier, *shape, page.tokens, share, facts, weight=page.weight, lines=lines)
         )
-        kept = replace(details, rows=spans, ends=ends, facts_tokens=self.optics.count(handle_text(number, facts)))
+        facts_share = details.facts_share if facts else 0.0
+        facts_tokens = self.optics.count(handle_text(number, facts))
+        kept = replace(details, rows=spans, ends=ends, facts_tokens=facts_tokens, facts_share=facts_share)
         change.change_page(number, details=kept.to_json())
         change.put_blob(number, PIXELS, as_png(rest.pixels), tier="sharp")
         tier = next((each for each in self.optics.ladder.tiers if each.name == page.tier and each.kind == "page"), None)
         if tier is not None and tier.side < rest.pixels.shape[0]:
-            change.put_blob(number, SHOWN, as_png(self.optics.at(rest.pixels, tier)), tier=tier.name)
+            change.put_blob(number, SHOWN, as_png(self.optics.at(rest.pixels, tier)), tier=tier.view)
 
     def _settle_state(self, gone: set[int]) -> None:
         state = State.of(self.change)

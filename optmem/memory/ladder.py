@@ -1,7 +1,7 @@
 """The tiers down which a page ages, as data: text, its sharp page, smaller views of it, a contact sheet, its facts, stored alone.
 
 text        what it says, as text
-page        a view of the page in one of the model's modes, with its factsheet beside it
+page        a view of the page in one of the model's modes, with its factsheet beside it or without
 sheet       one of several pages on one picture, which is paid for once
 facts       its factsheet
 stored      nothing in the context: it is in the store, and `recall` finds it
@@ -15,7 +15,7 @@ from typing import Literal
 
 from optmem.errors import InputError
 from optmem.memory.fidelity import Curve, Fidelity
-from optmem.memory.tiers import Choices, Tier
+from optmem.memory.tiers import WITH_FACTS, Choices, Tier
 from optmem.model.config import ModelConfig
 from optmem.model.modes import modes_of
 from optmem.pixels import MIN_CELL, Mode, find_mode
@@ -44,6 +44,15 @@ class Ladder:
         raise InputError(f"a page is shown as {', '.join(tier.name for tier in self.tiers)}, not as {name[:80]!r}")
 
     @property
+    def sharp(self) -> int:
+        """The number of the sharpest page without its facts."""
+        return next(number for number, tier in enumerate(self.tiers) if tier.kind == "page" and not tier.has_facts)
+
+    def is_named(self, tier: Tier) -> bool:
+        """Whether a page is named beside its picture, so that a model can ask for it: not at its sharpest, where it need not."""
+        return tier.has_facts or (tier.kind == "page" and tier.side < self.size)
+
+    @property
     def sheet(self) -> int | None:
         """The number of the contact sheet's tier."""
         return next((number for number, tier in enumerate(self.tiers) if tier.kind == "sheet"), None)
@@ -65,14 +74,16 @@ class Ladder:
         *,
         facts_tokens: int = 0,
         facts_share: float = 0.0,
+        name_tokens: int = 0,
         kind: str | None = None,
         width: int | None = None,
     ) -> Choices:
         """What one page costs and keeps.
 
         text_tokens    of its text for the reader; None where it has none, as a picture that came without
-        facts_tokens   of its factsheet, which stands beside its picture; 0 where it has none
-        facts_share    of its characters that are on the factsheet
+        facts_tokens   of its factsheet and name, beside its picture or alone; 0 where it has none
+        facts_share    of its characters that are on the factsheet: what that adds to a picture is what is misread of them there
+        name_tokens    of its name alone, which stands beside views that are not the sharpest
         kind           of its text, where that is known
         width          pixels of the sharpest picture that there still is; None is the size at which pages are drawn
         """
@@ -83,14 +94,23 @@ class Ladder:
             found = self.fidelity(tier, kind=kind, text_tokens=text_tokens or 0)
             measured = measured and (found is None or found.basis == "measured")
             score = float(tier.kind == "text") if found is None else self._measured(found)
-            has_facts = tier.kind in ("page", "facts")
-            is_there = {"text": text_tokens is not None, "facts": facts_tokens > 0}.get(
-                tier.kind, width is None or tier.side <= width
-            )
-            cost = (text_tokens if tier.kind == "text" else tier.tokens + has_facts * facts_tokens) if is_there else None
-            tokens.append(cost)
-            kept.append(score + (1 - score) * facts_share if has_facts else score)
+            if tier.has_facts or tier.kind == "facts":
+                is_there, beside = facts_tokens > 0 and facts_share > 0, facts_tokens
+                score = min(score + (1 - _of_facts(found)) * facts_share, 1.0)
+            else:
+                is_there, beside = tier.kind != "text" or text_tokens is not None, name_tokens * self.is_named(tier)
+            is_there = is_there and (width is None or tier.side <= width)
+            cost = text_tokens if tier.kind == "text" else tier.tokens + beside
+            tokens.append(cost if is_there else None)
+            kept.append(score)
         return Choices(tuple(tokens), tuple(kept), measured)
+
+
+def _of_facts(found: Fidelity | None) -> float:
+    """Share of the facts that is read without their sheet; where that was not measured, the share of characters."""
+    if found is None:
+        return 0.0
+    return found.score if found.identifiers is None else found.identifiers
 
 
 def ladder(
@@ -113,7 +133,7 @@ def ladder(
     Raises InputError for a model that sees a page in tiles alone, and a size that none of its views has.
     """
     modes = _views(config, size)
-    tiers = [Tier("text", "text")] + [_page(mode) for mode in modes]
+    tiers = [Tier("text", "text"), *(_page(mode, has_facts=facts) for mode in modes for facts in (True, False))]
     if sheet_pages:
         tiers.append(_sheet(modes[0], sheet_pages))
     tiers += [Tier("facts", "facts"), Tier("stored", "stored")]
@@ -137,8 +157,9 @@ def _views(config: ModelConfig, size: int | None) -> list[Mode]:
     return [mode for mode in modes if mode.size <= drawn]
 
 
-def _page(mode: Mode) -> Tier:
-    return Tier(mode.name.replace(" ", "-"), "page", mode.size, mode.fed_tokens(), mode.name)
+def _page(mode: Mode, *, has_facts: bool) -> Tier:
+    name = mode.name.replace(" ", "-") + WITH_FACTS * has_facts
+    return Tier(name, "page", mode.size, mode.fed_tokens(), mode.name, has_facts)
 
 
 def _nano_view(side: int) -> Mode:

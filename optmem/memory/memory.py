@@ -39,6 +39,7 @@ from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredPage, check_number
 from optmem.memory.selecting import Selector, find_page, select
 from optmem.memory.settings import NAME, STATE, Index, Settings, State
+from optmem.memory.sketch import Sketched
 from optmem.memory.stats import Stats, stats_of
 from optmem.memory.store import Reader, Store
 from optmem.memory.transaction import Transaction
@@ -62,6 +63,7 @@ class Memory:
         self._reader = PageReader(optics, self._snapshot, None if self._store is None else self._store.transaction)
         self._grep = Grep(optics, self._reader)
         self._shown: dict[int, dict[int, int]] = {}  # for budgets other than the memory's: the tier of each page when last shown
+        self._sketched: dict[int, Sketched] = {}
 
     @classmethod
     def open(
@@ -134,7 +136,8 @@ class Memory:
         """What a model is to see, oldest first: text for what is recent, pages for the rest, never above the budget.
 
         budget   None is the memory's own.  With another one nothing is aged for good: what would not fit is only shown smaller,
-                 and stays so from one call to the next as long as the memory is open
+                 and stays so from one call to the next as long as the memory is open.  With a larger one than before, pages are
+                 shown as sharp as they are kept, as far as they fit
 
         Nothing changes while what is shown fits, so that an unchanged prefix keeps its bytes.
         Raises InputError where what is pinned or excluded does not fit.
@@ -147,8 +150,9 @@ class Memory:
                 plan, more = self._age(own)
                 notes += more
             else:
-                plan = self._plan(wanted, shown=self._shown.setdefault(wanted, {}))
+                plan = self._plan(wanted, shown=self._shown.setdefault(wanted, {}), sketched=self._sketched.get(wanted))
                 self._shown[wanted] = {unit.number: unit.tier for unit in plan.units if unit.page is not None}
+                self._sketched[wanted] = plan.sketched
             receipt = plan.allocation.receipt
             receipt = replace(receipt, notes=(*receipt.notes, *notes))
             with self._snapshot() as view:
@@ -168,9 +172,14 @@ class Memory:
         plan = self._plan(budget)
         changed = {unit.number for unit in plan.units if unit.page is not None and self._differs(unit.tier, unit.page)}
         raised = any(unit.details is not None and unit.details.raised for unit in plan.units)
-        if not changed and not raised:
+        with self._snapshot() as view:
+            state = State.of(view)
+        aged_for = budget if budget == self.settings.budget else state.aged_for
+        after = replace(state, sketched=plan.sketched.last, sketch=plan.sketched.tiers, aged_for=aged_for)
+        if not changed and not raised and after == state:
             return plan, []
         with self._writing() as change:
+            change.set(STATE, after.to_json())
             notes = apply(change, plan, self.optics, self.settings)
             if plan.allocation.receipt.changes:
                 change.add_receipt(json.dumps(plan.allocation.receipt.to_json()), clock.time())
@@ -181,20 +190,11 @@ class Memory:
     def _differs(self, tier: int, page: StoredPage) -> bool:
         return self.optics.ladder.tiers[tier].name != page.tier
 
-    def _plan(self, budget: int, *, shown: Mapping[int, int] | None = None) -> Plan:
-        """Where even so it does not fit, and text waits for its page to be full, that page is drawn as it is."""
-        try:
-            return self._planned(budget, shown)
-        except InputError:
-            if self._store is None or not self._draw_all():
-                raise
-            return self._planned(budget, shown)
-
-    def _planned(self, budget: int, shown: Mapping[int, int] | None) -> Plan:
+    def _plan(self, budget: int, *, shown: Mapping[int, int] | None = None, sketched: Sketched | None = None) -> Plan:
         with self._snapshot() as view:
             state = State.of(view)
             groups = [*self._kept(view, state), *read_groups(view, state, self.settings.policy)]
-            return self._planner.plan(view, state, groups, budget, shown=shown)
+            return self._planner.plan(view, state, groups, budget, shown=shown, sketched=sketched)
 
     def _kept(self, view: View, state: State) -> Iterator[Group]:
         """Groups that stay text though what is behind them is on pages."""
@@ -213,18 +213,9 @@ class Memory:
             state = State.of(view)
             if view.last_seq() == state.drawn:
                 return []
-        return self._draw_runs(to_the_end=False)
+        return self._draw_runs()
 
-    def _draw_all(self) -> bool:
-        """Draws also the last page, which is not full; whether there was anything to draw."""
-        with self._snapshot() as view:
-            state = State.of(view)
-            if all(group.reason is not None for group in read_groups(view, state, self.settings.policy)):
-                return False
-        self._draw_runs(to_the_end=True)
-        return True
-
-    def _draw_runs(self, *, to_the_end: bool) -> list[str]:
+    def _draw_runs(self) -> list[str]:
         """Some runs at a time: a history that was never drawn may be larger than memory."""
         rows = rows_of(self.optics.ladder.size, self.optics.ladder.cell)
         notes: list[str] = []
@@ -235,9 +226,7 @@ class Memory:
                 groups = read_groups(view, state, self.settings.policy)
                 found = list(islice(cut(groups, rows), AT_ONCE + 1))
             is_last = len(found) <= AT_ONCE
-            left = found.pop()  # the run that is still open, or one of the next round
-            if is_last and to_the_end and left:
-                found.append(left)
+            found.pop()  # the run that is still open, or one of the next round
             drawn, wrong = draw_runs([each for each in found if isinstance(each, list)], self.optics, self.settings)
             notes += wrong
             for each in found:
@@ -384,6 +373,7 @@ class Memory:
                 receipt = Receipt(self.settings.budget, 0, 0, (), (note, *notes))
                 change.add_receipt(json.dumps(receipt.to_json()), clock.time())
             self._shown.clear()
+            self._sketched.clear()
             for number in work.pages:
                 self._planner.forget(number)
             verified = None

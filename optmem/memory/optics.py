@@ -68,8 +68,8 @@ class Optics:
 
     @property
     def sharp(self) -> int:
-        """The number of the sharpest tier of pages."""
-        return next(number for number, tier in enumerate(self.ladder.tiers) if tier.kind == "page")
+        """The number of the sharpest tier of pages, without their facts."""
+        return self.ladder.sharp
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

@@ -8,16 +8,23 @@ from typing import Any
 
 from optmem.errors import InputError
 
+FEW, KEPT = 512, 8  # a budget of so many tokens goes to pages alone; of what is above, one part of so many to the newest text
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a memory ages.  The default ages when the budget is full, and keeps the last four groups and all instructions as text."""
+    """How a memory ages.  The default ages when the budget is full, and keeps the newest messages and all instructions as text.
+
+    keep   the newest groups that stay as they are, text as long as they are text; a tool call and its results are one group.
+           None: as many as there is place for in an eighth of what the trigger has above 512 tokens, so that a small budget goes to
+           pages, which hold more for the same tokens.  A number: so many, in up to `keep_share` of the trigger, as a strong reader
+           of text may want it.  What it leaves is given out by what each token gains.
+    """
 
     trigger: int | None = None  # tokens shown above which pages are made smaller; None is the budget
-    keep: int = 4  # newest groups that stay as they are: a tool call and its results are one group
-    keep_share: float = 0.75  # of the trigger that they may take; beyond it the older of them age too, the newest where it must
+    keep: int | None = None  # newest groups that stay as they are
+    keep_share: float = 0.75  # of the trigger that a number of them may take; beyond it the older of them age too
     clear_at_least: int = 0  # tokens freed whenever anything changes, up to half of the trigger: each change costs a prompt cache
     exclude: tuple[str, ...] = ()  # tools whose calls and results stay text
     exclude_roles: tuple[str, ...] = ("system", "developer")  # whose messages stay text: instructions are not left to optics
@@ -25,8 +32,10 @@ class Policy:
     facts: int = 64  # tokens of a page's factsheet, at most
 
     def __post_init__(self) -> None:
-        for name, least in (("keep", 0), ("clear_at_least", 0), ("half_life", 1), ("facts", 0)):
+        for name, least in (("clear_at_least", 0), ("half_life", 1), ("facts", 0)):
             _check_count(name, getattr(self, name), least)
+        if self.keep is not None:
+            _check_count("keep", self.keep, 0)
         if self.trigger is not None:
             _check_count("trigger", self.trigger, 1)
         share = self.keep_share
@@ -41,6 +50,12 @@ class Policy:
     def limit(self, budget: int) -> int:
         """Tokens up to which nothing changes."""
         return budget if self.trigger is None else min(self.trigger, budget)
+
+    def kept_tokens(self, limit: int) -> int:
+        """Tokens that the newest groups may take to stay as they are, of so many."""
+        if self.keep is None:
+            return max(limit - FEW, 0) // KEPT
+        return int(self.keep_share * limit)
 
     def excludes(self, roles: Iterable[str], tools: Iterable[str]) -> str | None:
         """Why what has these roles and calls these tools stays text; None where it does not."""

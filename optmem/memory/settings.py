@@ -66,6 +66,9 @@ class State:
     groups: int = 0  # so many groups are
     kept: tuple[tuple[int, int], ...] = ()  # groups that stay text: the seq of each, and how many there were before it
     pins: tuple[tuple[int, str], ...] = ()  # messages that are pinned, and to what
+    sketched: int = 0  # messages up to this one are shown as pages though they fill none yet
+    sketch: tuple[int, ...] = ()  # the tiers of these pages
+    aged_for: int = 0  # the budget for which pages were last made smaller or sharper; 0 is none
 
     def to_json(self) -> str:
         """As `from_json` takes it."""
@@ -81,7 +84,7 @@ class State:
     def from_json(cls, text: str) -> State:
         """Raises InputError for what is none."""
         found = json.loads(text)
-        if not isinstance(found, dict) or found.keys() != cls.__dataclass_fields__.keys():
+        if not isinstance(found, dict) or not found.keys() <= cls.__dataclass_fields__.keys():
             raise InputError("the state of a memory is not such as this optmem keeps")
-        pairs = {name: tuple((one, other) for one, other in found[name]) for name in ("kept", "pins")}
-        return cls(**found | pairs | {"waiting": tuple(found["waiting"])})
+        pairs = {name: tuple((one, other) for one, other in found.get(name, ())) for name in ("kept", "pins")}
+        return cls(**found | pairs | {name: tuple(found.get(name, ())) for name in ("waiting", "sketch")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+WITH_FACTS = "-facts"  # ends the names of pages that have their factsheet beside them
 Kind = Literal["text", "page", "sheet", "facts", "stored"]
 
 
@@ -17,6 +18,12 @@ class Tier:
     side: int = 0  # pixels of a page's side; of one on a contact sheet, its place's
     tokens: int = 0  # that the picture costs, newlines and separator counted; of a text or a factsheet, each page's own
     mode: str = ""  # of a page, the model's mode that shows it, as `pixels.find_mode` takes it; of a sheet, that of the whole sheet
+    has_facts: bool = False  # of a page, whether its factsheet stands beside the picture
+
+    @property
+    def view(self) -> str:
+        """What its picture is called, the same with facts and without."""
+        return self.name.removesuffix(WITH_FACTS)
 
 
 @dataclass(frozen=True, slots=True)
