@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from optmem.bench.ageing import ROWS, make_stack, spread
-from optmem.bench.answers import Line, Rate, Shape, choose, nearest, rate_of
+from optmem.bench.answers import Line, Rate, Shape, Sure, choose, nearest, rate_of
 from optmem.bench.histories import FILLERS, LEAST_APART, SUITES, VERSIONS, WIDTH, Size, make_history
 from optmem.bench.kept import ENCODINGS, Encoding, KeptPages, Pages, Retrieval, Truncation, pool, tokens_of
 from optmem.bench.memory_report import chart, main_rows, save, table
 from optmem.bench.memory_run import Plan, confidences, run, to_json
 from optmem.bench.paint import paint
-from optmem.bench.remembered import FORMS, Sure
+from optmem.bench.remembered import FORMS
 from optmem.cli import cli
 from optmem.engine import Engine, VisionTokens
 from optmem.pixels import NO_TILES, find_mode
@@ -192,7 +192,8 @@ def test_an_interval_holds_its_share(hits, of):
 
 def test_confidence_is_counted_in_bands():
     found = confidences([Sure(0.95, True), Sure(1.0, False), Sure(0.9, True), Sure(0.7, False), Sure(0.0, True)])
-    assert [(band["hits"], band["of"]) for band in found] == [(2, 3), (0, 1), (1, 1)]
+    assert [(band["hits"], band["of"]) for band in found] == [(2, 3), (0, 1), (0, 0), (0, 0), (0, 0), (1, 1)]
+    assert [band["mean"] for band in found] == [0.95, 0.7, None, None, None, 0.0]
 
 
 # --- methods --------------------------------------------------------------------------------------------------------------------

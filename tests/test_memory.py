@@ -70,7 +70,7 @@ def history(memory, turns, every=5):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=60), st.sampled_from([16, 32]))
 def test_no_page_is_drawn_for_the_end_of_a_text_alone(rows, page_rows):
-    groups = [SimpleNamespace(rows=count, reason=None, attachments=[], is_rest=False) for count in rows]
+    groups = [SimpleNamespace(rows=count, reason=None, attachments=[], is_rest=False, is_pinned=False) for count in rows]
     *closed, tail = cut(groups, page_rows)
     assert [group for run in [*closed, tail] for group in run] == groups
     for run in closed:
@@ -258,9 +258,9 @@ def test_small_tiers_are_shown_where_they_are_pictures(engine, tmp_path):
     with Memory.open(tmp_path / "m", engine=engine, budget=6000) as memory:
         history(memory, 40)
         memory.context(2000)
-        names = [tier.name for tier in memory.optics.ladder.tiers]
+        names = ("tiny", "square-384-facts", "square-384", "square-256", "sheet", "tiny-facts")
         shown = memory._shown[2000]
-        wanted = {number: names[1 + at % 4] for at, number in enumerate(sorted(shown)[:8])}
+        wanted = {number: names[at % 6] for at, number in enumerate(sorted(shown)[:8])}
         with memory._store.transaction() as change:
             for number, name in wanted.items():
                 change.change_page(number, tier=name)
@@ -426,8 +426,8 @@ def test_facts_where_the_reading_is_less_sure(engine, tmp_path):
 
 
 def test_pixels_may_age_too(engine, tmp_path):
-    with Memory.open(tmp_path / "m", engine=engine, budget=600, keep_sharp=False) as memory:
-        history(memory, 14)
+    with Memory.open(tmp_path / "m", engine=engine, budget=300, keep_sharp=False) as memory:
+        history(memory, 24)
         (hit,) = memory.recall("key of host 1", limit=1, min_confidence=0.9)
         assert hit.fidelity < 0.9
         assert hit.source == "factsheet"
@@ -437,8 +437,8 @@ def test_pixels_may_age_too(engine, tmp_path):
 
 def test_small_pictures_are_read_without_a_fault(engine, tmp_path):
     """Of some a glance is sure that they have fewer rows than are asked for.  What is read surely is right."""
-    with Memory.open(tmp_path / "m", engine=engine, budget=600, keep_sharp=False) as memory:
-        history(memory, 14)
+    with Memory.open(tmp_path / "m", engine=engine, budget=300, keep_sharp=False) as memory:
+        history(memory, 24)
         for number in range(14):
             hits = memory.recall(said_of(number), limit=2)
             assert all(key(number) in hit.text for hit in hits[:1] if hit.confidence >= 0.9)
@@ -584,7 +584,7 @@ def test_contact_sheets_are_redrawn_without_forgotten_pages(engine, tmp_path):
     from optmem.memory.ageing import draw_sheets
 
     with Memory.open(tmp_path / "m", engine=engine, budget=700) as memory:
-        history(memory, 10)
+        history(memory, 30)
         with memory._store.transaction() as change:
             for number in (1, 2, 3):
                 change.change_page(number, tier="sheet")

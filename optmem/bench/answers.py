@@ -70,6 +70,14 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Sure:
+    """What was read, how surely, and whether it is exactly what stands there."""
+
+    confidence: float
+    is_exact: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Given:
     """What was answered."""
 

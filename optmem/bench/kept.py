@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from optmem.bench.answers import Line
+from optmem.bench.answers import Line, Sure
 from optmem.bench.histories import History, Question
 from optmem.engine import Completion, Engine, VisionTokens
 from optmem.errors import InputError
@@ -219,6 +219,15 @@ class Pages:
             self.refused += 1
             (done,) = self.engine.decode([tokens])
         return done
+
+    def sure(self, encoding: Encoding) -> list[Sure]:
+        """Every row that was read at an encoding, and how surely."""
+        return [
+            Sure(row.confidence, row.text == self.drawn[page].lines[number].text)
+            for (found, page), rows in self._rows.items()
+            if found == encoding
+            for number, row in rows.items()
+        ]
 
     def row(self, encoding: Encoding, page: int, row: int) -> Row:
         """As it was read."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from optmem.bench.answers import Rate
 from optmem.bench.histories import FILLERS, SUITES
-from optmem.bench.memory_run import BANDS, PLACE_GIVEN, Outcome, Result, confidences, to_json
+from optmem.bench.memory_run import BANDS, PLACE_GIVEN, READ, Outcome, Result, confidences, to_json
 from optmem.bench.paint import paint
 from optmem.bench.remembered import LIMIT
 from optmem.train.charts import Axis, Point, line_chart
@@ -92,15 +93,19 @@ def grid_rows(result: Result) -> list[list[str]]:
 
 
 def confidence_rows(result: Result) -> list[list[str]]:
-    """Lines that were read, by how sure the memory was."""
+    """What was read, by how sure the reader was: of the hits of each memory, and of rows of pages at each side."""
     bands = [f"at {low:g} and above" if high > 1 else f"{low:g} to {high:g}" for low, high in BANDS]
-    rows = [["exact lines among hits", *bands]]
-    for name, some in result.sure.items():
-        cells = [Rate(band["hits"], band["of"]) for band in confidences(some)]
-        rows.append([name, *(f"{shown(cell)} of {cell.of}" for cell in cells)])
-    every = [each for some in result.sure.values() for each in some]
-    rows.append(["all", *(f"{shown(cell)} of {cell.of}" for cell in (Rate(b["hits"], b["of"]) for b in confidences(every)))])
+    rows = [["exact among what was read", *bands]]
+    hits = [each for name, some in result.sure.items() if not name.startswith(READ) for each in some]
+    read = [each for name, some in result.sure.items() if name.startswith(READ) for each in some]
+    for name, some in (result.sure | {"all hits": hits, "all rows of pages": read}).items():
+        rows.append([name, *map(_band, confidences(some))])
     return rows
+
+
+def _band(found: dict[str, Any]) -> str:
+    rate_there = Rate(found["hits"], found["of"])
+    return f"{shown(rate_there)} of {found['of']:,}, said {rate(found['mean'])}" if found["of"] else "–"
 
 
 def size_rows(result: Result) -> list[list[str]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from optmem.bench.ageing import DEPTHS, Cell, Faded, fade, grid, make_stack
-from optmem.bench.answers import Rate, choose, rate_of
+from optmem.bench.answers import Rate, Sure, choose, rate_of
 from optmem.bench.histories import FILLERS, STANDARD, Filler, History, Question, Size, Suite, make_history
 from optmem.bench.kept import ENCODINGS, Encoding, KeptPages, Method, Pages, Retrieval, Timing, Truncation, read_ahead
-from optmem.bench.remembered import FORMS, Form, Remembered, Sure
+from optmem.bench.remembered import FORMS, Form, Remembered
 from optmem.bench.sizes import Sizes, weigh
 from optmem.engine import Engine
 from optmem.items import watched
@@ -21,6 +21,7 @@ from optmem.train.corpus import Corpus
 from optmem.train.scores import likeness
 
 PLACE_GIVEN = "newest pages, "  # methods that are told where the answer stands
+READ = "rows of pages "  # readings that no question asked for as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Result:
     corpus: str
     outcomes: list[Outcome] = field(default_factory=list)
     kept: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # tokens that a method showed, of every history
-    sure: dict[str, list[Sure]] = field(default_factory=dict)  # by method
+    sure: dict[str, list[Sure]] = field(default_factory=dict)  # by method: its hits; and all rows of pages at every side
     faded: list[Faded] = field(default_factory=list)
     grid: list[Cell] = field(default_factory=list)
     sizes: list[Sizes] = field(default_factory=list)
@@ -125,6 +126,9 @@ def run(engine: Engine, corpus: Corpus, plan: Plan, model: str) -> Result:
             result.encoding.add(pages.encoding.seconds, pages.encoding.count)
             result.refused["pages"] = result.refused.get("pages", 0) + pages.refused
             result.reading.add(pages.reading.seconds, pages.reading.count)
+            for encoding in plan.encodings:
+                if not encoding.pooled:
+                    result.sure.setdefault(READ + encoding.name, []).extend(pages.sure(encoding))
     stack = make_stack(drawn[plan.fillers[0]][0].history, max(plan.heights))
     result.grid = list(grid(engine, stack, plan.heights, plan.depths, plan.trials, plan.seed))
     return result
@@ -211,10 +215,14 @@ def _recall(result: Result, method: str, budget: int, filler: str, suite: str) -
     return names | {"found": sum(each.is_found for each in some)} | rate_of(each.is_right for each in some).to_json()
 
 
-BANDS = ((0.9, 1.01), (0.5, 0.9), (0.0, 0.5))
+BANDS = ((0.9, 1.01), (0.7, 0.9), (0.5, 0.7), (0.3, 0.5), (0.1, 0.3), (0.0, 0.1))
 
 
 def confidences(sure: Sequence[Sure]) -> list[dict[str, Any]]:
-    """By bands of confidence, how many lines that were read are exact."""
-    bands = [[each.is_exact for each in sure if low <= each.confidence < high] for low, high in BANDS]
-    return [{"from": low} | rate_of(some).to_json() for (low, _), some in zip(BANDS, bands, strict=True)]
+    """By bands of confidence, how much was read, its mean confidence, and how much of it is exact."""
+    bands = [[each for each in sure if low <= each.confidence < high] for low, high in BANDS]
+    means = [round(sum(each.confidence for each in some) / len(some), 4) if some else None for some in bands]
+    return [
+        {"from": low, "mean": mean} | rate_of(each.is_exact for each in some).to_json()
+        for (low, _), mean, some in zip(BANDS, means, bands, strict=True)
+    ]

@@ -65,7 +65,7 @@ class Planner:
 
     def __init__(self, optics: Optics, settings: Settings) -> None:
         self.optics, self.settings = optics, settings
-        self._known: dict[tuple[int, bool], Choices] = {}
+        self._known: dict[int, Choices] = {}
 
     def plan(
         self,
@@ -121,17 +121,18 @@ class Planner:
         drawn = sketch(sketched, self.optics)
         first, last = (sketched[0].stored[0].seq, sketched[-1].stored[-1].seq) if sketched else (0, -1)
         now = max([asked.state.groups, *(group.number + 1 for group in asked.groups)])
-        pins, barred = _pins(asked.view, asked.state, pages, self.optics.sharp), set[int]()
+        pins = _pins(asked.view, asked.state, pages, self.optics.sharp)
+        barred = {SKETCH} if any(asked.sketched.tiers) and not asked.is_larger else set()
         while True:
             found = []
             for page, details in pages:
                 held = self._held(page, details, asked.shown)
-                choices = self.choices(page, details, barred=details.run in barred)
                 unit = Unit(page.first, page.number, 0, page, details)
-                found.append((unit, self._candidate(unit, choices, held, newest[details.run], now, pins, asked)))
+                candidate = self._candidate(unit, self.choices(page, details), held, newest[details.run], now, pins, asked)
+                found.append((unit, replace(candidate, is_barred=True) if unit.run in barred else candidate))
             for place, each in enumerate(drawn):
                 unit = Unit(each.first, place, 0, drawn=each)
-                found.append((unit, self._of_sketch(unit, now, asked, is_text=SKETCH not in barred)))
+                found.append((unit, self._of_sketch(unit, now, asked, is_barred=SKETCH in barred)))
             others = [group for group in asked.groups if not first <= group.stored[0].seq <= last]
             found += [(Unit(group.stored[0].seq, 0, 0, group=group), self._of_group(group, now)) for group in others]
             found.sort(key=lambda each: (each[0].first, each[0].number))
@@ -148,12 +149,11 @@ class Planner:
         before = tuple(candidate.held for candidate in candidates)
         return Plan(tuple(units), tuple(candidate.choices for candidate in candidates), before, done, shown)
 
-    def choices(self, page: StoredPage, details: Details, *, barred: bool = False) -> Choices:
+    def choices(self, page: StoredPage, details: Details) -> Choices:
         """What a page costs and keeps at every tier."""
-        has_text = details.kind == "text" and not barred and (page.tier == "text" or (self.settings.archive and page.tier != "new"))
-        key = page.number, has_text
-        found = self._known.get(key)
+        found = self._known.get(page.number)
         if found is None:
+            has_text = details.kind == "text" and (page.tier == "text" or (self.settings.archive and page.tier != "new"))
             found = self.optics.ladder.choices(
                 page.text_tokens if has_text else None,
                 facts_tokens=details.facts_tokens,
@@ -161,13 +161,12 @@ class Planner:
                 name_tokens=self.optics.count(handle_text(page.number, "")),
                 width=details.side or page.width,
             )
-            self._known[key] = found
+            self._known[page.number] = found
         return found
 
     def forget(self, number: int) -> None:
         """What was known of a page that has changed."""
-        for has_text in (False, True):
-            self._known.pop((number, has_text), None)
+        self._known.pop(number, None)
 
     def _held(self, page: StoredPage, details: Details, shown: Mapping[int, int] | None) -> int | None:
         if shown is not None and page.number in shown:
@@ -185,6 +184,8 @@ class Planner:
         counts = importance(
             now, details.group, recalls=details.recalls, weight=page.weight, half_life=self.settings.policy.half_life
         )
+        if details.ends:  # of a page that is hardly begun there is little to keep
+            counts *= len(details.ends) / rows_of(self.optics.ladder.size, self.optics.ladder.cell)
         rises = self.optics.sharp if details.raised and asked.shown is None else None
         if asked.is_larger:
             rises = 0 if choices.tokens[0] is not None else self.optics.sharp
@@ -210,23 +211,19 @@ class Planner:
             name, choices, counts, group.number, 0, None, 0, group.reason or "it is new", is_newest=group.reason is None
         )
 
-    def _of_sketch(self, unit: Unit, now: int, asked: _Asked, *, is_text: bool) -> Candidate:
+    def _of_sketch(self, unit: Unit, now: int, asked: _Asked, *, is_barred: bool) -> Candidate:
         """A page that is not in the store: it is shown smaller, or not at all, but never on a contact sheet."""
         page, tiers = unit.drawn, self.optics.ladder.tiers
         assert page is not None
-        choices = self.optics.ladder.choices(page.text_tokens if is_text else None)
+        choices = self.optics.ladder.choices(page.text_tokens)
         tokens = [None if tier.kind == "sheet" else cost for tier, cost in zip(tiers, choices.tokens, strict=True)]
+        choices = replace(choices, tokens=tuple(tokens))
         counts = importance(now, page.group, half_life=self.settings.policy.half_life)
-        held = asked.sketched.tiers[unit.number] if unit.number < len(asked.sketched.tiers) else None
-        pinned = {seq for seq, _ in asked.state.pins}
-        floor = None
-        if any(each.seq in pinned for group in page.groups for each in group.stored):
-            floor = self.optics.sharp if held else 0
-        rises = 0 if asked.is_larger and is_text else None
-        newest = page.groups[-1].number
-        choices = Choices(tuple(tokens), choices.fidelity, choices.is_measured)
-        reason = "" if floor is None else "it is pinned"
-        return Candidate(f"m{page.first}", choices, counts, newest, held, rises, floor, reason, rises_for="the budget is larger")
+        is_known = page.last <= asked.sketched.last and unit.number < len(asked.sketched.tiers)
+        held = asked.sketched.tiers[unit.number] if is_known else None  # what is new on it was text
+        rises = 0 if asked.is_larger else None
+        name, newest = f"m{page.first}", page.groups[-1].number
+        return Candidate(name, choices, counts, newest, held, rises, rises_for="the budget is larger", is_barred=is_barred)
 
 
 @dataclass(frozen=True, slots=True)

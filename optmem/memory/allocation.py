@@ -47,6 +47,7 @@ class Candidate:
     sheet: int = 0  # number of the contact sheet that it is on
     is_newest: bool = False  # it is held for being new already: its tokens are of those that the newest may take
     rises_for: str = "recalled"  # why it may be raised
+    is_barred: bool = False  # from being text: others of its run cannot be
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,8 @@ class _State:
             self.cost[:, self.column] *= 1 / max(sheet_pages, 1)
         self.allowed = self._allowed(pages, last)
         self.current: Ints = np.argmax(self.allowed, axis=1)
+        self._bar(np.array([page.is_barred for page in pages]))
+        self.sharpest: Ints = np.argmax(self.allowed, axis=1)
         # For a page that is pinned to a sheet, either price of the sheet may be the one that is paid.
         self.bottom = min((self._bottom(prices) for prices in (self.cost, self.tokens)), key=self.total)
 
@@ -126,6 +129,12 @@ class _State:
         lost = ~allowed.any(axis=1)  # what it must not fall below is gone: the next tier that there is
         allowed[lost, np.argmax(below[lost], axis=1)] = True
         return np.asarray(allowed)
+
+    def _bar(self, barred: Flags) -> None:
+        """What is barred from being text is something else, where it may be."""
+        others = self.allowed.copy()
+        others[barred, 0] = False
+        self.allowed = np.where(others.any(axis=1, keepdims=True), others, self.allowed)
 
     def _bottom(self, prices: Floats) -> Ints:
         """The tier with the fewest tokens; of several, the one that keeps most, and of these the sharpest."""
@@ -144,15 +153,15 @@ class _State:
         numbers, place = np.unique(self.group, return_inverse=True)
         first = 0 if policy.keep is None else int(np.searchsorted(numbers, numbers[-1] - policy.keep, side="right"))
         bottom = np.where(self.is_newest, 0.0, self.cost[self.rows, self.bottom])
-        more = np.bincount(place, weights=self.cost[self.rows, self.current] - bottom)  # tokens that holding each group takes
+        more = np.bincount(place, weights=self.cost[self.rows, self.sharpest] - bottom)  # tokens that holding each group takes
         oldest = _oldest_kept(more.tolist(), first, policy.kept_tokens(limit), must=policy.keep is not None)
         asked = oldest if policy.keep is None else first
         while oldest < len(numbers):
             held = self.rows[place >= oldest]
             bottom = self.bottom.copy()
-            bottom[held] = self.current[held]
+            bottom[held] = self.sharpest[held]
             if self.total(bottom) <= budget:
-                self.allowed[held] = np.arange(self.allowed.shape[1]) == self.current[held][:, None]
+                self.allowed[held] = np.arange(self.allowed.shape[1]) == self.sharpest[held][:, None]
                 self.bottom = bottom
                 break
             oldest += 1

@@ -40,6 +40,7 @@ class Group:
     number: int  # how many groups were before it
     is_rest: bool = False  # of a group that is on pages as far as it was there
     reason: str | None = None  # why it stays text
+    is_pinned: bool = False  # it is drawn by itself, for it ages by itself
 
     @cached_property
     def messages(self) -> tuple[Message, ...]:
@@ -85,11 +86,11 @@ def _attachments(parts: Iterable[Part]) -> Iterator[Attachment]:
 
 def read_groups(view: View, state: State, policy: Policy) -> Iterator[Group]:
     """The groups that are not on pages yet, oldest first."""
-    number = state.groups
+    number, pinned = state.groups, {seq for seq, _ in state.pins}
     for group, stored in groupby(view.messages(state.drawn + 1), key=lambda each: each.group):
         is_rest = group <= state.drawn
         found = Group(tuple(stored), number - is_rest, is_rest)
-        yield replace(found, reason=_excluded(found, policy))
+        yield replace(found, reason=_excluded(found, policy), is_pinned=any(each.seq in pinned for each in found.stored))
         number += not is_rest
 
 
@@ -113,12 +114,12 @@ def cut(groups: Iterable[Group], page_rows: int) -> Iterator[list[Group] | Group
             continue
         place = -(-(rows + 1) // page_rows) * page_rows - 1  # the end of the text has a row: it would get a page of its own
         is_full = rows + group.rows > place and (place - rows <= FREE or place >= MOST_PAGES * page_rows - 1)
-        if run and is_full and rows % page_rows:
+        if run and ((is_full and rows % page_rows) or group.is_pinned):
             yield run
             run, rows = [], 0
         run.append(group)
         rows += group.rows
-        if group.attachments or group.is_rest:
+        if group.attachments or group.is_rest or group.is_pinned:
             yield run
             run, rows = [], 0
     yield run
@@ -164,13 +165,13 @@ class Drawn:
 
 def draw_runs(runs: Sequence[Sequence[Group]], optics: Optics, settings: Settings) -> tuple[list[list[Drawn]], list[str]]:
     """The pages of every run, and what could not be drawn."""
-    laid = [_lay_out(run, optics) for run in runs]
-    flat = [page for pages, _ in laid for page in pages]
+    laid = [list(lay_out(run, optics)) for run in runs]
+    flat = [page for pages in laid for page, _, _ in pages]
     images = iter(draw_pages(flat))
     found: list[list[Drawn]] = []
     notes: list[str] = []
-    for run, (pages, rows) in zip(runs, laid, strict=True):
-        drawn = list(_text_pages(run, pages, rows, [next(images) for _ in pages], optics, settings))
+    for run, pages in zip(runs, laid, strict=True):
+        drawn = list(_text_pages(run, pages, [next(images) for _ in pages], optics, settings))
         for group in run:
             for seq, part in group.attachments:
                 try:
@@ -206,15 +207,16 @@ def _lay_out(run: Sequence[Group], optics: Optics) -> tuple[list[Page], list[int
 
 
 def _text_pages(
-    run: Sequence[Group], pages: Sequence[Page], seqs: Sequence[int], images: Sequence[Pixels], optics: Optics, settings: Settings
+    run: Sequence[Group],
+    pages: Sequence[tuple[Page, list[int], int]],
+    images: Sequence[Pixels],
+    optics: Optics,
+    settings: Settings,
 ) -> Iterator[Drawn]:
     number_of = {each.seq: group.number for group in run for each in group.stored}
     is_rest = any(group.is_rest for group in run)
-    tokens = _shares(sum(group.tokens for group in run), [len(page.lines) for page in pages])
-    at = 0
-    for page, image, share in zip(pages, images, tokens, strict=True):
-        rows = list(map(_Row, seqs[at : at + len(page.lines)], page.lines))
-        at += len(page.lines)
+    for (page, seqs, share), image in zip(pages, images, strict=True):
+        rows = list(map(_Row, seqs, page.lines))
         spans = tuple(_spans(rows))
         ends = "".join("1" if row.line.text.endswith("\n") else "0" for row in rows)
         details = Details(0, max(number_of[seq] for seq, _, _ in spans), rows=spans, ends=ends)

@@ -56,7 +56,7 @@ def open_groups(groups: Sequence[Group]) -> Sequence[Group]:
     """Of the groups that are on no page the last ones, that may be sketched together."""
     count = 0
     for group in reversed(groups):
-        if group.reason is not None or group.is_rest or group.attachments:
+        if group.reason is not None or group.is_rest or group.is_pinned or group.attachments:
             break
         count += 1
     return groups[len(groups) - count :]
