@@ -777,7 +777,7 @@ def test_pins_and_weights(engine, tmp_path):
         history(memory, 20)
         assert memory.context().items[0].seq == first[0]
         memory.unpin(first)
-        history(memory, 5)
+        history(memory, 60)
         assert not isinstance(memory.context().items[0], TextItem)
         assert memory.weigh("p3", 1000.0)
         memory.recall("key of host 2", limit=1)

@@ -242,6 +242,64 @@ def test_kept_groups_stay_text_as_far_as_they_may():
     assert allocate(pages, TIERS, 1600, OPEN).tiers[-1] == 1, "text is not worth its tokens"
 
 
+NANO = (Tier("text", "text"), Tier("sharp-facts", "page", 512, 73, "", True), *TIERS[1:3], Tier("facts", "facts"), TIERS[3])
+LIKE_NANO = Choices((330, 123, 73, 26, 50, 0), (1.0, 0.9885, 0.988, 0.1, 0.03, 0.0))
+
+
+@pytest.mark.parametrize("budget", [0, 72, 73, 256, 512, 1000, 1024, 1500])
+@pytest.mark.parametrize("policy", [Policy(keep=0), Policy(keep=0, half_life=1), Policy(keep=0, half_life=1000)], ids=str)
+def test_what_a_plain_rule_would_choose(budget, policy):
+    """Of pages that cost the same, the newest that fit are as sharp as they are drawn; what is left buys no facts before them."""
+    pages = aged(30, half_life=policy.half_life, choices=LIKE_NANO)
+    done = allocate(pages, NANO, budget, policy)
+    count = budget // 73
+    assert done.tiers[30 - count :] == (2,) * count
+    assert all(tier in (3, 4, 5) for tier in done.tiers[: 30 - count])
+
+
+@given(st.integers(0, 4000), st.integers(1, 60), st.integers(1, 200))
+@settings(max_examples=60)
+def test_nothing_newer_is_given_up_for_what_is_older(budget, count, half_life):
+    done = allocate(aged(count, half_life=half_life, choices=LIKE_NANO), NANO, budget, Policy(half_life=half_life))
+    kept = [LIKE_NANO.fidelity[tier] for tier in done.tiers]
+    assert kept == sorted(kept)
+
+
+def test_by_default_a_small_budget_goes_to_pages():
+    assert [Policy().kept_tokens(limit) for limit in (0, 512, 1024, 2048, 8704)] == [0, 0, 64, 192, 1024]
+    assert [Policy(keep=3).kept_tokens(limit) for limit in (0, 512, 1024)] == [0, 384, 768]
+    small = Choices((60, 73, 21, 0), (1.0, 0.95, 0.4, 0.0))
+    pages = [page(number, choices=CHOICES if number < 38 else small) for number in range(40)]
+    assert allocate(pages, TIERS, 1024, Policy()).tiers[-1] == 0, "it costs less as text"
+    large = [page(number, choices=Choices((180, 73, 21, 0), (1.0, 0.988, 0.1, 0.0))) for number in range(40)]
+    assert allocate(large, TIERS, 1024, Policy()).tiers[-1] == 1
+    assert allocate(large, TIERS, 2048, Policy()).tiers[-8:] == (1,) * 7 + (0,)
+    assert allocate(large, TIERS, 2048, Policy(keep=8)).tiers[-9:] == (1, *(0,) * 8), "a strong reader of text asks for it"
+
+
+def test_what_is_new_already_takes_of_what_the_newest_may_take():
+    fixed = Candidate("m", Choices((150, None, None, None), (1.0, 0, 0, 0)), 1.0, 40, 0, None, 0, "it is new", is_newest=True)
+    pages = [page(number, choices=Choices((100, 73, 21, 0), CHOICES.fidelity)) for number in range(40)]
+    assert allocate([*pages, fixed], TIERS, 2048, Policy()).tiers[-2:] == (1, 0)
+    assert allocate([*pages, replace(fixed, is_newest=False)], TIERS, 2048, Policy()).tiers[-2:] == (0, 0)
+
+
+def test_what_is_barred_from_text_is_a_page_and_says_so():
+    pages = [replace(each, is_barred=True) for each in aged(10)]
+    done = allocate(pages, TIERS, 3900, Policy(keep=4))
+    assert set(done.tiers) == {1}
+    assert [change.from_tier for change in done.receipt.changes] == ["text"] * 10
+    assert done.receipt.tokens_before == 4000
+
+
+def test_a_larger_budget_raises_and_says_so():
+    pages = [replace(each, held=3, rises_to=1, rises_for="the budget is larger") for each in aged(6)]
+    assert allocate(pages, TIERS, 100, Policy()).tiers == (3, 3, 2, 2, 2, 2)
+    done = allocate(pages, TIERS, 500, Policy())
+    assert done.tiers == (1,) * 6
+    assert {change.why for change in done.receipt.changes} == {"the budget is larger"}
+
+
 def test_a_group_is_kept_whole():
     pages = [page(number, group=number // 4) for number in range(12)]
     assert allocate(pages, TIERS, 2200, Policy(keep=2)).tiers == (1,) * 8 + (0,) * 4

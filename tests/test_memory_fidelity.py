@@ -131,19 +131,22 @@ def nano_config():
 
 def test_nano_goes_down_by_the_views_that_were_measured():
     assert steps(ladder(nano_config(), NANO)) == [
-        ("text", 0, 0), ("tiny", 512, 73), ("square-384", 384, 43), ("square-256", 256, 21), ("sheet", 128, 73),
-        ("facts", 0, 0), ("stored", 0, 0),
+        ("text", 0, 0), ("tiny-facts", 512, 73), ("tiny", 512, 73), ("square-384-facts", 384, 43), ("square-384", 384, 43),
+        ("square-256-facts", 256, 21), ("square-256", 256, 21), ("sheet", 128, 73), ("facts", 0, 0), ("stored", 0, 0),
     ]  # fmt: skip
 
 
 def test_v1_goes_down_by_its_modes():
-    assert steps(ladder(V1, ASSUMED)) == [
+    bare = [(tier.name, tier.side, tier.tokens) for tier in ladder(V1, ASSUMED).tiers if not tier.has_facts]
+    assert bare == [
         ("text", 0, 0), ("large", 1280, 421), ("base", 1024, 273), ("small", 640, 111), ("tiny", 512, 73), ("sheet", 320, 421),
         ("facts", 0, 0), ("stored", 0, 0),
     ]  # fmt: skip
     assert [name for name, _, _ in steps(ladder(V1, ASSUMED, size=640, sheet_pages=0))] == [
         "text",
+        "small-facts",
         "small",
+        "tiny-facts",
         "tiny",
         "facts",
         "stored",
@@ -162,32 +165,35 @@ def test_tokens_are_those_of_the_modes(config):
 
 def test_choices_of_a_page():
     nano = ladder(nano_config(), NANO, measure="score")
-    found = nano.choices(400, facts_tokens=9, facts_share=0.1)
-    sharp, half, quarter = (NANO.at(512, side, "8x16").score for side in (512, 384, 256))
-    assert found.tokens == (400, 82, 52, 30, 73, 9, 0)
-    assert found.fidelity == pytest.approx(
-        (1, sharp + (1 - sharp) * 0.1, half + (1 - half) * 0.1, quarter * 0.9 + 0.1, quarter / 8, 0.1, 0)
-    )
+    found = nano.choices(400, facts_tokens=9, facts_share=0.1, name_tokens=5)
+    views = [NANO.at(512, side, "8x16") for side in (512, 384, 256)]
+    assert found.tokens == (400, 82, 73, 52, 48, 30, 26, 73, 9, 0), "at its sharpest it has no name beside it"
+    with_facts = [min(view.score + (1 - view.identifiers) * 0.1, 1) for view in views]
+    pairs = [value for view, facts in zip(views, with_facts, strict=True) for value in (facts, view.score)]
+    assert found.fidelity == pytest.approx((1, *pairs, views[2].score / 8, 0.1, 0))
+    assert pairs[0] - pairs[1] < 0.001, "facts add next to nothing to what is read right"
     assert not found.is_measured  # the sheet is a guess
     assert ladder(nano_config(), NANO, sheet_pages=0).choices(400).is_measured
 
 
 def test_lines_are_what_counts_where_they_were_counted():
     found = ladder(nano_config(), NANO, sheet_pages=0).choices(400)
-    assert found.fidelity[1:4] == tuple(NANO.at(512, side, "8x16").exact_lines for side in (512, 384, 256))
+    assert found.fidelity[2:7:2] == tuple(NANO.at(512, side, "8x16").exact_lines for side in (512, 384, 256))
+    assert found.tokens[1:7:2] == (None, None, None), "it has no facts"
     assert ladder(V1, ASSUMED).choices(600) == ladder(V1, ASSUMED, measure="score").choices(600)
 
 
 def test_a_page_that_lost_its_pixels_has_no_sharper_view():
     nano = ladder(nano_config(), NANO)
-    assert nano.choices(None, width=384).tokens == (None, None, 43, 21, 73, None, 0)
+    assert nano.choices(None, width=384).tokens == (None, None, None, None, 43, None, 21, 73, None, 0)
 
 
 def test_the_assumed_score_falls_with_density():
     v1 = ladder(V1, ASSUMED)
     thin, thick = v1.choices(600).fidelity, v1.choices(4000).fidelity
-    assert thin[1] == thick[1] == 0.97
-    assert thin[4] > thick[4] == 0.0
+    tiny = v1.find("tiny")
+    assert thin[v1.sharp] == thick[v1.sharp] == 0.97
+    assert thin[tiny] > thick[tiny] == 0.0
 
 
 @pytest.mark.parametrize("pages", [1, 2, 15, -4, 10_000, 4.0])
