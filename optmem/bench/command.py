@@ -6,7 +6,7 @@ import os
 import platform
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import click
 
@@ -55,9 +55,9 @@ def memory(quick: bool, output: Path, checkpoint: str, histories: int | None, se
     check_writable(output)
     text = collected(corpus, "held-out")
     with Engine.from_pretrained(checkpoint) as engine:
-        start = perf_counter()
+        start, worked = perf_counter(), process_time()
         result = run(engine, text, plan, engine.encoder_fingerprint[:8])
-    result.seconds = perf_counter() - start
+    result.seconds, result.cpu_seconds = perf_counter() - start, process_time() - worked
     files = memory_report.save(result, output, _machine())
     if not as_json:
         click.echo(memory_report.table(result))

@@ -134,7 +134,11 @@ def table(result: Result) -> str:
     speed = (
         f"encode {result.encoding.milliseconds:.0f} ms a page, read {result.reading.milliseconds:.1f} ms a row; a question: {took}"
     )
-    return f"{aligned(main_rows(result))}\n\n{legend(result)}\n{speed}; {result.seconds:.0f} s in all"
+    return f"{aligned(main_rows(result))}\n\n{legend(result)}\n{speed}; {_took(result)} in all"
+
+
+def _took(result: Result) -> str:
+    return f"{result.seconds:.0f} s, {result.cpu_seconds:.0f} s of work"
 
 
 def report(result: Result, machine: str) -> str:
@@ -147,7 +151,7 @@ def report(result: Result, machine: str) -> str:
         "Confidence": markdown(confidence_rows(result)),
         "Bytes and tokens, a page": markdown(size_rows(result)),
     }
-    model = f"Model `{result.model}`, corpus `{result.corpus}` (held out); {machine}; {result.seconds:.0f} s."
+    model = f"Model `{result.model}`, corpus `{result.corpus}` (held out); {machine}; {_took(result)}."
     head = f"# A memory's recall\n\n{model}\n\n{legend(result)}\n"
     return head + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
 

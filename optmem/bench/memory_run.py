@@ -13,6 +13,7 @@ from optmem.bench.ageing import DEPTHS, Cell, Faded, fade, grid, make_stack
 from optmem.bench.answers import Rate, Sure, choose, rate_of
 from optmem.bench.histories import FILLERS, STANDARD, Filler, History, Question, Size, Suite, make_history
 from optmem.bench.kept import ENCODINGS, Encoding, KeptPages, Method, Pages, Retrieval, Timing, Truncation, read_ahead
+from optmem.bench.reader import Reader
 from optmem.bench.remembered import FORMS, Form, Remembered
 from optmem.bench.sizes import Sizes, weigh
 from optmem.engine import Engine
@@ -91,6 +92,7 @@ class Result:
     asking: dict[str, Timing] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)  # readings of rows that the engine said are not there
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of all threads
 
     def rate(self, keep: Callable[[Outcome], bool]) -> Rate:
         """Right answers among those that are kept."""
@@ -117,8 +119,9 @@ def run(engine: Engine, corpus: Corpus, plan: Plan, model: str) -> Result:
         for method, budget, kept in _methods(history, pages, plan):
             _ask(result, history, method, budget, kept)
         for form in plan.forms:
+            reader = Reader(engine)
             for budget in plan.budgets:
-                _remember(result, engine, history, form, budget)
+                _remember(result, reader, history, form, budget)
     for some in drawn.values():
         result.faded += fade(some, plan.faded_pages, plan.encodings)
         result.sizes.append(weigh(some))
@@ -144,9 +147,9 @@ def _methods(history: History, pages: Pages, plan: Plan) -> Iterator[tuple[str, 
             yield PLACE_GIVEN + encoding.name, budget, KeptPages(pages, encoding, budget)
 
 
-def _remember(result: Result, engine: Engine, history: History, form: Form, budget: int) -> None:
+def _remember(result: Result, reader: Reader, history: History, form: Form, budget: int) -> None:
     with tempfile.TemporaryDirectory(prefix="optmem-bench-") as folder:
-        kept = Remembered(Path(folder) / "memory", engine, history, form, budget)
+        kept = Remembered(Path(folder) / "memory", reader, history, form, budget)
         try:
             _ask(result, history, form.name, budget, kept)
         finally:
@@ -186,6 +189,7 @@ def to_json(result: Result) -> str:
         "seed": result.plan.seed,
         "histories": result.plan.histories,
         "seconds": round(result.seconds, 1),
+        "cpu_seconds": round(result.cpu_seconds, 1),
         "recall": [_recall(result, *each) for each in _groups(result.outcomes)],
         "tokens_kept": [{"method": name, "budget": budget, "tokens": tokens} for (name, budget), tokens in result.kept.items()],
         "confidence": {name: confidences(some) for name, some in result.sure.items()},

@@ -10,7 +10,7 @@ from time import perf_counter
 from optmem.bench.answers import Line, Sure
 from optmem.bench.histories import History, Question
 from optmem.bench.kept import Row, Timing
-from optmem.engine import Engine
+from optmem.bench.reader import Reader
 from optmem.errors import InputError
 from optmem.memory.ageing import SKETCH
 from optmem.memory.context import FactsItem, PageItem, TextItem
@@ -50,18 +50,18 @@ class Remembered:
     What the context shows as a page that is not full yet is in the store as text: it is read from its picture here.
     """
 
-    def __init__(self, folder: Path, engine: Engine, history: History, form: Form, budget: int) -> None:
+    def __init__(self, folder: Path, reader: Reader, history: History, form: Form, budget: int) -> None:
         self.form, self.history = form, history
         self.hits: list[Sure] = []
         self.asking = Timing()
         self.refused = 0  # questions that failed: they count as not answered
         policy = Policy() if form.has_facts else Policy(facts=0)
-        self.memory = Memory.open(folder, engine, budget, policy=policy, index=form.index, keep_sharp=form.keeps_sharp)
+        self.memory = Memory.open(folder, reader.as_engine(), budget, policy=policy, index=form.index, keep_sharp=form.keeps_sharp)
         self.first = self.memory.add(history.chat())[0]
         context = self.memory.context()
         self.tokens = context.tokens
         self.tiers: dict[str, int] = {}
-        self.engine = engine
+        self.reader = reader
         self._pages: set[str] = set()
         self._texts: set[int] = set()
         self._sketch: list[PageItem] = []
@@ -80,13 +80,14 @@ class Remembered:
 
     def lines(self, question: Question) -> list[Line]:
         """What it recalls."""
-        start = perf_counter()
+        start, spared = perf_counter(), self.reader.spared
         try:
             hits = self.memory.recall(question.query, limit=LIMIT)
         except InputError:  # the engine takes a small page for one that has no such rows
             self.refused += 1
             hits = []
-        self.asking.add(perf_counter() - start, 1)
+        if self.reader.spared == spared:  # all of it was work
+            self.asking.add(perf_counter() - start, 1)
         kept = hits if self.form.keeps_sharp else [self._as_shown(hit) for hit in hits if self._is_kept(hit)]
         self.hits += [Sure(hit.confidence, self._is_exact(hit)) for hit in kept if hit.source == "ocr"]
         return [Line(hit.text, max(hit.messages) - self.first, hit.confidence, hit.facts) for hit in kept if hit.messages]
@@ -110,7 +111,7 @@ class Remembered:
         return replace(hit, text=text, confidence=confidence, source="ocr")
 
     def _read(self, item: PageItem) -> list[Row]:
-        (done,) = self.engine.decode([item.vision_tokens()])
+        (done,) = self.reader.decode([item.vision_tokens()])
         sure = [math.prod(row.probabilities) for row in done.rows]
         return [Row(read_symbols(symbols), each) for symbols, each in zip(done.row_symbols, sure, strict=False)]
 
