@@ -189,8 +189,11 @@ def _place(step: Step, sheet_pages: int) -> tuple[str, str]:
     if tier is None:
         return ("drawn, and not shown yet" if step.name == "new" else "a step of another model"), ""
     if tier.kind == "page":
-        side = f"{tier.side / 24:.0f}px"
-        return f'<span class="size" style="width:{side};height:{side}"></span> {tier.side} px', f"{tier.tokens}"
+        side, beside = f"{tier.side / 24:.0f}px", " and its facts" * tier.has_facts
+        return (
+            f'<span class="size" style="width:{side};height:{side}"></span> {tier.side} px',
+            f"{tier.tokens}{beside}",
+        )
     cost = {"sheet": f"{tier.tokens} / {sheet_pages}", "stored": "0"}.get(tier.kind, "its own")
     return _WORDS[tier.kind].format(sheet_pages), cost
 

@@ -19,6 +19,7 @@ from PIL import Image
 import optmem
 from optmem import Memory
 from optmem.errors import InputError, OptmemError, PageCorrupted, StoreBusyError, StoreError
+from optmem.memory.ageing import SKETCH
 from optmem.memory.context import FactsItem, PageItem, TextItem
 from optmem.memory.drawing import cut
 from optmem.memory.policy import Policy
@@ -277,6 +278,107 @@ def test_small_tiers_are_shown_where_they_are_pictures(engine, tmp_path):
             if isinstance(item, PageItem):
                 tokens = item.vision_tokens()
                 assert tokens.fed_tokens == item.tokens - (estimate_tokens(item.facts) if item.facts else 0)
+
+
+# --- what is not on pages yet -------------------------------------------------------------------------------------------------
+
+
+def sketches(view):
+    return [item for item in view.items if isinstance(item, PageItem) and item.run == SKETCH]
+
+
+def read_from(engine, item):
+    (done,) = engine.decode([item.vision_tokens()])
+    return done.text
+
+
+def test_what_fills_no_page_is_drawn_where_text_does_not_fit(engine, tmp_path):
+    """It stays text in the store, and the pages are there as soon as the text would push others out."""
+    with Memory.open(tmp_path / "m", engine=engine, budget=160) as memory:
+        for number in range(3):
+            memory.add(turn(number, extra=said_of(number)))
+        view = memory.context()
+        assert sketches(view)
+        assert memory.stats().counts.pages == 0, "nothing is given up for it"
+        assert view.receipt.changes
+        assert not memory.context().receipt.changes
+        assert all(change.from_tier == "text" for change in view.receipt.changes)
+        seen = "".join(read_from(engine, item) for item in sketches(view))
+        assert key(0) in seen
+        assert key(1) in seen
+        assert memory.recall("key of host 1")[0].source == "verbatim"
+        assert memory.context(10_000).tokens > 160
+        assert all(isinstance(item, TextItem) for item in memory.context(10_000).items)
+
+
+def test_a_sketch_grows_at_its_end_and_becomes_pages(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine, budget=400, policy=Policy(keep=0)) as memory:
+        seen, full = {}, 0
+        for number in range(24):
+            memory.add(turn(number))
+            view = memory.context()
+            again = memory.context()
+            assert again.digest() == view.digest()
+            for item in sketches(view)[:-1]:  # full pages do not change
+                first = item.messages[0]
+                full += first in seen
+                assert seen.setdefault(first, item.content) == item.content
+        assert full
+        assert view.items[-1].messages[-1] == 48 if isinstance(view.items[-1], PageItem) else view.items[-1].seq == 48
+        stats = memory.stats()
+        at_once = paginate([message for number in range(24) for message in turn(number)], size=512)
+        assert stats.counts.pages <= len(at_once) + 1, "no page is drawn for every context"
+        tiers = [item.tier for item in view.items if isinstance(item, PageItem)]
+        assert tiers == ["tiny"] * len(tiers)
+        assert memory.verify().is_clean
+
+
+def test_messages_of_a_sketch_are_sent_as_text_where_that_costs_less(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine, budget=160) as memory:
+        memory.add([message for number in range(3) for message in turn(number)])
+        view = memory.context()
+        (pages,) = [given for given in view._given("openai") if isinstance(given, Pages)]
+        assert len(pages.pictures) == len(sketches(view))
+        assert len(pages.messages) + len([item for item in view.items if isinstance(item, TextItem)]) == 6
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(keep=6, keep_share=1.0)], ids=["default", "six"])
+def test_the_newest_messages_are_text_as_far_as_the_policy_says(engine, tmp_path, policy):
+    with Memory.open(tmp_path / "m", engine=engine, budget=2048, policy=policy) as memory:
+        history(memory, 200, every=50)
+        texts = [item for item in memory.context().items if isinstance(item, TextItem)]
+        assert [item.seq for item in texts] == list(range(401 - len(texts), 401)), "the newest, without a gap"
+        tokens = sum(item.tokens for item in texts)
+        if policy.keep is None:
+            assert 0 < tokens <= policy.kept_tokens(2048) + 73, "an eighth, and what costs no more than its page"
+        else:
+            assert len(texts) >= 6
+
+
+def test_pages_come_back_with_a_larger_budget(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine, budget=300) as memory:
+        history(memory, 40)
+        small = memory.context()
+        stored = memory.stats().tiers["stored"]
+        assert stored > 2
+        large = memory.context(4000)
+        assert len([item for item in large.items if isinstance(item, PageItem) and item.tier == "tiny"]) >= stored
+        assert memory.context(4000).digest() == large.digest()
+        assert memory.context().digest() == small.digest(), "for the memory's own budget nothing is changed"
+    with Memory.open(tmp_path / "m", engine=engine, budget=4000) as memory:
+        view = memory.context()
+        assert "stored" not in memory.stats().tiers
+        assert {change.why for change in view.receipt.changes} == {"the budget is larger"}
+        assert memory.context().digest() == view.digest()
+        assert memory.verify().is_clean
+
+
+def test_pixels_that_aged_do_not_come_back(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine, budget=300, keep_sharp=False) as memory:
+        history(memory, 40)
+        stored = memory.stats().tiers["stored"]
+        sides = [item.width for item in memory.context(4000).items if isinstance(item, PageItem)]
+        assert sides.count(256) >= stored
 
 
 def test_budgets_of_others_age_nothing(engine, tmp_path):
