@@ -83,10 +83,12 @@ class Planner:
 
         Where all fits as it is shown, that is the plan.  Raises InputError where what must not fall does not fit.
         """
-        before = Sketched(state.sketched, state.sketch) if sketched is None else sketched
-        asked = _Asked(view, state, groups, budget, shown, before)
+        if sketched is None:
+            sketched = Sketched(state.sketched, tuple(map(self.optics.ladder.find, state.sketch)))
+        pages = [(page, Details.of(page)) for page in view.pages()]
+        asked = _Asked(view, state, pages, groups, budget, shown, sketched)
         ready = open_groups(groups)
-        held = sum(group.stored[0].seq <= before.last for group in ready)
+        held = sum(group.stored[0].seq <= sketched.last for group in ready)
         limit = self.settings.policy.limit(budget)
         with suppress(InputError):
             found = self._allocated(asked, ready[:held])
@@ -106,26 +108,24 @@ class Planner:
     def _as_pages(self, asked: _Asked, ready: int) -> int:
         """Tokens of all but the last groups, so many, as sharp as pages are, where they have not aged."""
         sharp, total = self.optics.sharp, sum(group.tokens for group in asked.groups[: len(asked.groups) - ready])
-        for page in asked.view.pages():
-            details = Details.of(page)
+        for page, details in asked.pages:
             tokens = self.choices(page, details).tokens
             total += tokens[max(self._held(page, details, asked.shown) or 0, sharp)] or 0
         return total
 
     def _allocated(self, asked: _Asked, sketched: Sequence[Group]) -> Plan:
         """With these groups on a sketch."""
-        pages = [(page, Details.of(page)) for page in asked.view.pages()]
         newest: dict[int, int] = {}
-        for _, details in pages:
+        for _, details in asked.pages:
             newest[details.run] = max(newest.get(details.run, 0), details.group)
         drawn = sketch(sketched, self.optics)
         first, last = (sketched[0].stored[0].seq, sketched[-1].stored[-1].seq) if sketched else (0, -1)
         now = max([asked.state.groups, *(group.number + 1 for group in asked.groups)])
-        pins = _pins(asked.view, asked.state, pages, self.optics.sharp)
+        pins = _pins(asked.view, asked.state, asked.pages, self.optics.sharp)
         barred = {SKETCH} if any(asked.sketched.tiers) and not asked.is_larger else set()
         while True:
             found = []
-            for page, details in pages:
+            for page, details in asked.pages:
                 held = self._held(page, details, asked.shown)
                 unit = Unit(page.first, page.number, 0, page, details)
                 candidate = self._candidate(unit, self.choices(page, details), held, newest[details.run], now, pins, asked)
@@ -172,7 +172,7 @@ class Planner:
         if shown is not None and page.number in shown:
             return shown[page.number]
         if page.tier in ("text", "new"):
-            return details.sketched or None
+            return self.optics.ladder.find(details.sketched) if details.sketched else None
         return self.optics.ladder.find(page.tier)
 
     def _candidate(
@@ -184,7 +184,7 @@ class Planner:
         counts = importance(
             now, details.group, recalls=details.recalls, weight=page.weight, half_life=self.settings.policy.half_life
         )
-        if details.ends:  # of a page that is hardly begun there is little to keep
+        if details.ends and details.kind != "picture":  # of a page that is hardly begun there is little to keep
             counts *= len(details.ends) / rows_of(self.optics.ladder.size, self.optics.ladder.cell)
         rises = self.optics.sharp if details.raised and asked.shown is None else None
         if asked.is_larger:
@@ -232,6 +232,7 @@ class _Asked:
 
     view: View
     state: State
+    pages: Sequence[tuple[StoredPage, Details]]
     groups: Sequence[Group]
     budget: int
     shown: Mapping[int, int] | None
@@ -251,7 +252,7 @@ def _pins(view: View, state: State, pages: Iterable[tuple[StoredPage, Details]],
     runs: set[int] = set()
     for page, details in pages:
         if details.pin or page.number in showing:
-            is_page = details.pin == "page" or page.tier not in ("text", "new") or details.sketched
+            is_page = details.pin == "page" or page.tier not in ("text", "new") or details.sketched not in ("", "text")
             found[page.number] = sharp if is_page else 0
             if found[page.number] == 0:
                 runs.add(details.run)

@@ -30,7 +30,7 @@ class Details:
     raised: bool = False  # recalled since it was last shown
     side: int = 0  # pixels of its picture where that aged too; 0 is as large as it was drawn
     was_read: bool = True  # of a picture: whether its lines are in the index
-    sketched: int = 0  # the tier at which it was shown before it was full; 0 is as text
+    sketched: str = ""  # the tier at which it was shown before it was full
 
     def to_json(self) -> str:
         """As `of` takes it."""

@@ -175,7 +175,8 @@ class Memory:
         with self._snapshot() as view:
             state = State.of(view)
         aged_for = budget if budget == self.settings.budget else state.aged_for
-        after = replace(state, sketched=plan.sketched.last, sketch=plan.sketched.tiers, aged_for=aged_for)
+        sketch = tuple(self.optics.ladder.tiers[tier].name for tier in plan.sketched.tiers)
+        after = replace(state, sketched=plan.sketched.last, sketch=sketch, aged_for=aged_for)
         if not changed and not raised and after == state:
             return plan, []
         with self._writing() as change:

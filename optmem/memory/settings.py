@@ -67,7 +67,7 @@ class State:
     kept: tuple[tuple[int, int], ...] = ()  # groups that stay text: the seq of each, and how many there were before it
     pins: tuple[tuple[int, str], ...] = ()  # messages that are pinned, and to what
     sketched: int = 0  # messages up to this one are shown as pages though they fill none yet
-    sketch: tuple[int, ...] = ()  # the tiers of these pages
+    sketch: tuple[str, ...] = ()  # the tiers of these pages
     aged_for: int = 0  # the budget for which pages were last made smaller or sharper; 0 is none
 
     def to_json(self) -> str:

@@ -73,6 +73,8 @@ def drawn_part(groups: Sequence[Group], least: int, page_rows: int, page_tokens:
     text than the pages that they would need.
     """
     end = _kept(groups, least, policy.kept_tokens(limit), policy.keep)
+    if policy.keep and least < end == len(groups) and groups[-1].tokens <= limit:
+        end -= 1  # the newest in any case, where any was asked for
     rows = sum(group.rows for group in groups[:end])
     end = min(end, _kept(groups, least, room - _pages(rows, page_rows) * page_tokens, None))
     rows = sum(group.rows for group in groups[:end])
