@@ -19,7 +19,6 @@ from PIL import Image
 import optmem
 from optmem import Memory
 from optmem.errors import InputError, OptmemError, PageCorrupted, StoreBusyError, StoreError
-from optmem.memory.ageing import SKETCH
 from optmem.memory.context import FactsItem, PageItem, TextItem
 from optmem.memory.drawing import cut
 from optmem.memory.policy import Policy
@@ -284,7 +283,7 @@ def test_small_tiers_are_shown_where_they_are_pictures(engine, tmp_path):
 
 
 def sketches(view):
-    return [item for item in view.items if isinstance(item, PageItem) and item.run == SKETCH]
+    return [item for item in view.items if isinstance(item, PageItem) and item.run < 0]
 
 
 def read_from(engine, item):

@@ -12,7 +12,6 @@ from optmem.bench.histories import History, Question
 from optmem.bench.kept import Row, Timing
 from optmem.bench.reader import Reader
 from optmem.errors import InputError
-from optmem.memory.ageing import SKETCH
 from optmem.memory.context import FactsItem, PageItem, TextItem
 from optmem.memory.memory import Memory
 from optmem.memory.policy import Policy
@@ -71,7 +70,7 @@ class Remembered:
                 self._texts.add(item.seq)
             elif isinstance(item, PageItem):
                 self._pages.update(item.pages)
-                if item.run == SKETCH:
+                if item.run < 0:
                     self._sketch.append(item)
                 self.tiers[item.tier] = self.tiers.get(item.tier, 0) + len(item.pages)
             elif isinstance(item, FactsItem):

@@ -26,7 +26,6 @@ from optmem.memory.transaction import Transaction
 from optmem.memory.view import View
 
 SHOWN, SHEET, TOKENS = "shown", "sheet", "tokens"  # kinds of files
-SKETCH = -1  # the run of what is drawn before its page is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Unit:
     def run(self) -> int | None:
         """Of pages that are text together or not at all; None of what is always text, and of what came as a page."""
         if self.drawn is not None:
-            return SKETCH
+            return self.drawn.run
         return self.details.run if self.details is not None and self.details.kind == "text" else None
 
 
@@ -122,7 +121,7 @@ class Planner:
         first, last = (sketched[0].stored[0].seq, sketched[-1].stored[-1].seq) if sketched else (0, -1)
         now = max([asked.state.groups, *(group.number + 1 for group in asked.groups)])
         pins = _pins(asked.view, asked.state, asked.pages, self.optics.sharp)
-        barred = {SKETCH} if any(asked.sketched.tiers) and not asked.is_larger else set()
+        barred = {each.run for each in drawn if each.first <= asked.sketched.last and not asked.is_larger}
         while True:
             found = []
             for page, details in asked.pages:
@@ -132,7 +131,7 @@ class Planner:
                 found.append((unit, replace(candidate, is_barred=True) if unit.run in barred else candidate))
             for place, each in enumerate(drawn):
                 unit = Unit(each.first, place, 0, drawn=each)
-                found.append((unit, self._of_sketch(unit, now, asked, is_barred=SKETCH in barred)))
+                found.append((unit, self._of_sketch(unit, now, asked, is_barred=each.run in barred)))
             others = [group for group in asked.groups if not first <= group.stored[0].seq <= last]
             found += [(Unit(group.stored[0].seq, 0, 0, group=group), self._of_group(group, now)) for group in others]
             found.sort(key=lambda each: (each[0].first, each[0].number))

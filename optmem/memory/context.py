@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optmem.errors import PageCorrupted
-from optmem.memory.ageing import SHEET, SKETCH, Plan, Unit, picture
+from optmem.memory.ageing import SHEET, Plan, Unit, picture
 from optmem.memory.details import handle
 from optmem.memory.drawing import handle_text
 from optmem.memory.messages import Message
@@ -57,7 +57,7 @@ class PageItem:
     facts: str = field(repr=False)  # said beside it: what it is called, where it is not at its sharpest, and its factsheet
     tokens: int
     fidelity: float | None  # share of its lines that the model reads exactly at this tier, facts counted; None of others' pictures
-    run: int = 0  # pages of one run show the same groups
+    run: int = 0  # pages of one run show the same groups; below 0, they are in no store
     _encode: Callable[[bytes], VisionTokens] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -221,14 +221,14 @@ class _Maker:
             self._keep_sketched(drawn)
             png, cost = drawn.picture(tier, self.optics), choices.tokens[unit.tier] or 0
             name, span, known = f"m{drawn.first}", (drawn.first, drawn.last), choices.fidelity[unit.tier]
-            yield PageItem((name,), span, tier.name, png, tier.side, tier.side, "", cost, known, SKETCH, self.encode)
+            yield PageItem((name,), span, tier.name, png, tier.side, tier.side, "", cost, known, drawn.run, self.encode)
 
     def _keep_sketched(self, drawn: SketchPage) -> None:
-        tiers = [self.optics.ladder.tiers[unit.tier].kind for unit in self.plan.units if unit.drawn is not None]
-        is_whole = set(tiers) == {"page"}
+        same = [unit for unit in self.plan.units if unit.run == drawn.run]
+        is_whole = {self.optics.ladder.tiers[unit.tier].kind for unit in same} == {"page"}
         stored = [each for group in drawn.groups for each in group.stored]
         messages = [Message.from_json(each.content or "", f"message {each.seq}") for each in stored if is_whole]
-        self.texts.setdefault(SKETCH, tuple(messages))
+        self.texts.setdefault(drawn.run, tuple(messages))
 
     def _page(self, unit: Unit, cost: int, fidelity: float) -> Iterator[PageItem]:
         assert unit.page is not None

@@ -294,23 +294,23 @@ def _picture(seq: int, pixels: Pixels, details: Details, lines: tuple[NewLine, .
     return Drawn(page, details, as_png(pixels))
 
 
-def keep_runs(change: Transaction, runs: Sequence[Sequence[Drawn]], optics: Optics) -> None:
-    """Puts the pages of runs into the store.  The first run may have been shown as a sketch: its pages stay at its tiers."""
-    state = State.of(change)
+def keep_runs(change: Transaction, runs: Sequence[Sequence[Drawn]], optics: Optics) -> int:
+    """Puts the pages of runs into the store; how many of them a sketch showed, which stay at its tiers."""
+    state, place = State.of(change), 0
     for run in runs:
         first = 0
-        tiers = state.sketch if run and state.drawn < run[0].page.messages[0] <= state.sketched else ()
-        for place, drawn in enumerate(run):
+        for drawn in run:
             number = change.add_page(drawn.page)
             first = first or number
             beside = handle_text(number, drawn.page.factsheet)
             details = replace(drawn.details, run=first, facts_tokens=optics.count(beside))
-            if place < len(tiers) and details.kind == "text":
-                details = replace(details, sketched=tiers[place])
+            if details.kind == "text" and state.drawn < drawn.page.messages[0] <= state.sketched and place < len(state.sketch):
+                details, place = replace(details, sketched=state.sketch[place]), place + 1
             change.change_page(number, details=details.to_json())
             change.put_blob(number, PIXELS, drawn.png, tier="sharp")
             if not details.was_read:
                 change.set("unread", "true")
+    return place
 
 
 def handle_text(number: int, facts: str) -> str:

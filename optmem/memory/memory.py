@@ -39,7 +39,7 @@ from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredPage, check_number
 from optmem.memory.selecting import Selector, find_page, select
 from optmem.memory.settings import NAME, STATE, Index, Settings, State
-from optmem.memory.sketch import Sketched
+from optmem.memory.sketch import Sketched, not_yet
 from optmem.memory.stats import Stats, stats_of
 from optmem.memory.store import Reader, Store
 from optmem.memory.transaction import Transaction
@@ -227,15 +227,17 @@ class Memory:
                 groups = read_groups(view, state, self.settings.policy)
                 found = list(islice(cut(groups, rows), AT_ONCE + 1))
             is_last = len(found) <= AT_ONCE
-            found.pop()  # the run that is still open, or one of the next round
+            limit = self.settings.policy.limit(self.settings.budget)
+            found = found[: -not_yet(found, self.settings.policy, limit) if is_last else AT_ONCE]  # others are for the next round
             drawn, wrong = draw_runs([each for each in found if isinstance(each, list)], self.optics, self.settings)
             notes += wrong
             for each in found:
                 state = behind(state, each)
             if found:
                 with self._writing() as change:
-                    keep_runs(change, drawn, self.optics)
-                    change.set(STATE, state.to_json())
+                    count = keep_runs(change, drawn, self.optics)
+                    change.set(STATE, replace(state, sketch=state.sketch[count:]).to_json())
+                self._sketched = {each: replace(one, tiers=one.tiers[count:]) for each, one in self._sketched.items()}
         return notes
 
     def _encode(self, png: bytes) -> VisionTokens:

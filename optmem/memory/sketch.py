@@ -1,6 +1,6 @@
 """The newest messages, which fill no page yet, as pages that are drawn for a context alone.
 
-Their text stays in the store until a page of it is full, so nothing is given up by showing them smaller; what follows is drawn
+Their text stays in the store until enough is said after them, so nothing is given up by showing them smaller; what follows is drawn
 behind them, and pages that are full do not change.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optmem.memory.drawing import Group, lay_out
+from optmem.memory.drawing import Group, cut, lay_out, rows_of
 from optmem.memory.optics import Optics, as_png
 from optmem.memory.policy import Policy
 from optmem.memory.tiers import Tier
@@ -20,7 +20,8 @@ from optmem.pages import Page, draw_pages
 class SketchPage:
     """One of them."""
 
-    groups: tuple[Group, ...]  # all that are on the sketch
+    run: int  # below 0, -1 the oldest: its pages are text together or not at all
+    groups: tuple[Group, ...]  # of its run, as far as they are sketched
     first: int  # seq
     last: int
     group: int  # how many groups were before the newest that is on it
@@ -42,14 +43,27 @@ class Sketched:
 
 
 def sketch(groups: Sequence[Group], optics: Optics) -> list[SketchPage]:
-    """The pages of groups."""
-    if not groups:
-        return []
+    """The pages of groups, in the runs in which they will be drawn."""
     number_of = {each.seq: group.number for group in groups for each in group.stored}
+    runs = [run for run in cut(groups, rows_of(optics.ladder.size, optics.ladder.cell)) if isinstance(run, list) and run]
     return [
-        SketchPage(tuple(groups), min(seqs), max(seqs), max(number_of[seq] for seq in seqs), tokens, page)
-        for page, seqs, tokens in lay_out(groups, optics)
+        SketchPage(-number, tuple(run), min(seqs), max(seqs), max(number_of[seq] for seq in seqs), tokens, page)
+        for number, run in enumerate(runs, 1)
+        for page, seqs, tokens in lay_out(run, optics)
     ]
+
+
+def not_yet(runs: Sequence[list[Group] | Group], policy: Policy, limit: int) -> int:
+    """How many of the last runs, the open one at their end, are not to be drawn for good: the newest text is kept of them."""
+    count, groups, tokens = 1, list(runs[-1]) if isinstance(runs[-1], list) else [], 0
+    tokens, most = sum(group.tokens for group in groups), policy.kept_tokens(limit)
+    for run in reversed(runs[:-1]):
+        is_enough = tokens >= most or (policy.keep is not None and len(groups) >= policy.keep)
+        if is_enough or not isinstance(run, list) or len(open_groups(run)) < len(run):
+            break
+        groups, tokens = [*run, *groups], tokens + sum(group.tokens for group in run)
+        count += 1
+    return count
 
 
 def open_groups(groups: Sequence[Group]) -> Sequence[Group]:
