@@ -15,8 +15,8 @@ from optmem.bench.ageing import ROWS, make_stack, spread
 from optmem.bench.answers import Line, Rate, Shape, Sure, choose, nearest, rate_of
 from optmem.bench.histories import FILLERS, LEAST_APART, SUITES, VERSIONS, WIDTH, Size, make_history
 from optmem.bench.kept import ENCODINGS, Encoding, KeptPages, Pages, Retrieval, Truncation, pool, tokens_of
-from optmem.bench.memory_report import chart, main_rows, save, table
-from optmem.bench.memory_run import Plan, confidences, run, to_json
+from optmem.bench.memory_report import beside_rows, chart, main_rows, save, table
+from optmem.bench.memory_run import Outcome, Plan, Result, confidences, run, to_json
 from optmem.bench.paint import paint
 from optmem.bench.remembered import FORMS
 from optmem.cli import cli
@@ -301,11 +301,31 @@ def test_the_result_is_published_whole(result, tmp_path):
     assert result.grid[0].found.hits == result.grid[0].right.hits == 1, "at its own size a needle is found and read"
     assert len(main_rows(result)) == 1 + 5 * 2
     assert "retrieval, disk" in table(result)
+    assert [row[0] for row in beside_rows(result)] == ["budget", "96", "4096"]
+    assert beside_rows(result)[2][1] == "truncation", "of equals the first"
     files = save(result, tmp_path, "a machine")
     assert [file.name for file in files] == [f"bench-memory.{suffix}" for suffix in ("md", "svg", "png", "json")]
     assert (tmp_path / "bench-memory.svg").read_text() == chart(result)
     with Image.open(tmp_path / "bench-memory.png") as picture:
         assert picture.size == (1280, 800)
+
+
+def outcomes(method, right, of=20):
+    return [Outcome(method, 512, "natural", "passkey", "", 0.5, at < right, 1.0, True) for at in range(of)]
+
+
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [(16, ".8000, above it"), (15, ".7500, the same"), (12, ".6000, within its interval"), (5, ".2500, below it")],
+)
+def test_where_a_memory_loses_to_a_plain_rule_it_is_said(right, said):
+    plan = Plan(budgets=(512,), forms=(FORMS[0], FORMS[2]))
+    rates = {"truncation": 3, "newest pages, shown at 512": 15, "retrieval, disk": 20, "optmem, disk": 20, "optmem": right}
+    result = Result(plan, "m", "c", [each for name, count in rates.items() for each in outcomes(name, count)])
+    head, row = beside_rows(result)
+    assert head[3:] == ["optmem"], "what lies on the disk is no match for it"
+    assert row[:3] == ["512", "newest pages, shown at 512", ".7500 [.5313, .8881]"]
+    assert row[3].startswith(said)
 
 
 def test_a_chart_is_painted_where_its_svg_says():

@@ -56,6 +56,29 @@ def _rate(some: Iterable[Outcome]) -> Rate:
     return Rate(sum(found), len(found))
 
 
+def beside_rows(result: Result) -> list[list[str]]:
+    """Memories that keep nothing but what the budget holds, beside the best plain rule that does so too."""
+    ours = [form.name for form in result.plan.forms if not form.keeps_sharp]
+    plain = [name for name in result.methods() if name == "truncation" or name.startswith(PLACE_GIVEN)]
+    rows = [["budget", "best plain rule", "its recall [95 %]", *ours]]
+    for budget in result.plan.budgets:
+        found = {name: _at(result, name, budget) for name in (*plain, *ours)}
+        best = max(plain, key=lambda name: found[name].value or 0.0)
+        rows.append([str(budget), best, shown(found[best]), *(_beside(found[name], found[best]) for name in ours)])
+    return rows
+
+
+def _at(result: Result, name: str, budget: int) -> Rate:
+    return result.rate(lambda each: each.method == name and each.budget == budget and each.asks_for_something)
+
+
+def _beside(found: Rate, other: Rate) -> str:
+    if found.value is None or other.value is None:
+        return "–"
+    word = "above it" if found.value > other.value else "within its interval" if found.value >= other.interval[0] else "below it"
+    return f"{rate(found.value)}, {'the same' if found.value == other.value else word}"
+
+
 def depth_rows(result: Result) -> list[list[str]]:
     """Recall by where the answer stands, at the budget in the middle."""
     budget = result.plan.budgets[len(result.plan.budgets) // 2]
@@ -145,6 +168,7 @@ def report(result: Result, machine: str) -> str:
     """All tables as Markdown."""
     sections = {
         "Recall against tokens kept": f"![recall against tokens kept]({NAME}.svg)\n\n{markdown(main_rows(result))}",
+        "Beside the best plain rule": markdown(beside_rows(result)),
         "By depth in the history": markdown(depth_rows(result)),
         "A page as it ages": markdown(faded_rows(result)),
         "A needle by depth, pages and tier": "Found by a glance / read right, of so many.\n\n" + markdown(grid_rows(result)),
