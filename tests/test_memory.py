@@ -134,9 +134,9 @@ def steps(draw):
 class History:
     """A memory that steps are taken in, and what is known of it."""
 
-    def __init__(self, path, engine, budget):
+    def __init__(self, path, engine, budget, policy):
         self.path, self.engine, self.budget = path, engine, budget
-        self.memory = Memory.open(path, engine=engine, budget=budget)
+        self.memory = Memory.open(path, engine=engine, budget=budget, policy=policy)
         self.groups, self.seqs, self.pinned, self.calls = [], [], set(), 0
 
     def take(self, kind, text, number, flag):
@@ -192,11 +192,14 @@ class History:
             assert seq in told or any(item.messages[0] <= seq <= item.messages[1] for item in pages)
 
 
+policies = st.sampled_from([Policy(), Policy(keep=2), Policy(keep=0, clear_at_least=200), Policy(trigger=250, half_life=4)])
+
+
 @settings(max_examples=30)
-@given(steps=steps(), budget=st.sampled_from([300, 700, 1500, 4000]))
-def test_histories(engine, steps, budget):
+@given(steps=steps(), budget=st.sampled_from([300, 700, 1500, 4000]), policy=policies)
+def test_histories(engine, steps, budget, policy):
     with tempfile.TemporaryDirectory() as folder:
-        found = History(Path(folder) / "memory", engine, budget)
+        found = History(Path(folder) / "memory", engine, budget, policy)
         try:
             for step in steps:
                 found.take(*step)

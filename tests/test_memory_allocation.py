@@ -378,7 +378,7 @@ def test_a_hundred_thousand_pages_in_a_second(budget):
     seconds = time.process_time() - start
     assert done.receipt.tokens_after <= budget
     assert done.receipt.tokens_after > budget * 0.9
-    assert seconds < 2.0  # 0.7 to 1.0 where nothing else runs
+    assert seconds < 2.0  # 1.0 to 1.2
 
 
 # --- the words of a policy, importance and receipts ---------------------------------------------------------------------------
