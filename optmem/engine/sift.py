@@ -40,6 +40,7 @@ class Sieve:
         common = [*tokenizer.encode(COMMON), tokenizer.special(EOL), tokenizer.special(END)]
         self.ids = torch.tensor(sorted({*common, *(one for word in spelled for symbol in word for one in symbol)}))
         place = {one: at for at, one in enumerate(self.ids.tolist())}
+        self.weight, self.bias = glance.symbols.weight.float(), glance.symbols.bias.float()
         self.words = [[[place[one] for one in symbol] for symbol in word] for word in spelled]
 
     @torch.inference_mode()
@@ -55,12 +56,19 @@ class Sieve:
         return found
 
     def _find(self, tokens: Tensor, pages: list[int], cell: tuple[int, int], least: float) -> list[Sifted]:
-        flat = self.glance.hidden(tokens, cell).flatten(1, 2)  # [B, cells token by token, width]
-        head, order = self.glance.symbols, _reading_order(tokens.shape[1], cell)
+        side, down, across = _grid(tokens.shape[1], cell)
+        weight, bias = self.glance.symbols.weight[self.ids], self.glance.symbols.bias[self.ids][:, None]
+        hidden: list[Tensor] = []  # of each page [cells token by token, width]
         # Symbols first: what is looked at along the rows of a page then lies side by side.
-        some = head.weight[self.ids] @ flat.flatten(0, 1).T + head.bias[self.ids][:, None]
-        chances = _in_order(some.float(), tokens, cell).div_(self.temperature).log_softmax(0)  # [ids, B, cells row by row]
-        columns = round(tokens.shape[1] ** 0.5) * (PIXELS_PER_TOKEN // cell[1])
+        some = torch.empty(len(self.ids), len(tokens), side, down, side, across, device=tokens.device)
+        for read in self.glance.hidden(tokens, cell):
+            flat = read.flatten(1, 2)
+            logits = torch.addmm(bias, weight, flat.flatten(0, 1).T)
+            here = some[:, len(hidden) : len(hidden) + len(flat)]
+            here.copy_(logits.view(len(weight), len(flat), side, side, down, across).transpose(3, 4))
+            hidden += flat
+        chances = some.flatten(2).div_(self.temperature).log_softmax(0)  # [ids, B, cells row by row]
+        order = _reading_order(tokens.shape[1], cell).to(tokens.device)
         found: list[Sifted] = []
         for number, word in enumerate(self.words):
             scores = _along(chances, word)  # [B, cells]
@@ -70,20 +78,22 @@ class Sieve:
             best, start = scores[likely].topk(min(PLACES, scores.shape[1]), dim=1)
             which, place = (best >= math.log(least)).nonzero().unbind(1)
             page, start = likely[which], start[which, place]
-            exact = self._exact(flat, order, page, start, word)
-            rows = (start // columns).tolist()
+            exact = self._exact(hidden, order, page, start, word)
+            rows = (start // (side * across)).tolist()
             for one, row, value in zip(page.tolist(), rows, exact.tolist(), strict=True):
                 if value >= least:
                     found.append(Sifted(pages[one], number, row, value))
         return found
 
-    def _exact(self, flat: Tensor, order: Tensor, page: Tensor, start: Tensor, word: Sequence[Sequence[int]]) -> Tensor:
+    def _exact(self, hidden: Sequence[Tensor], order: Tensor, page: Tensor, start: Tensor, word: Sequence[Sequence[int]]) -> Tensor:
         """With all symbols in the sum, of words that begin at these cells."""
-        total = torch.zeros(len(page))
+        cells = order[start[:, None] + torch.arange(len(word), device=start.device)]  # [places, symbols of the word]
+        at = torch.stack([hidden[one][each] for one, each in zip(page.tolist(), cells, strict=True)])
+        logits = torch.nn.functional.linear(at.float(), self.weight, self.bias)  # in fp32, where no new shape takes a new kernel
+        chances = (logits / self.temperature).log_softmax(-1)
+        total = torch.zeros(len(page), device=start.device)
         for offset, symbol in enumerate(word):
-            cell = order[(start + offset).clamp(max=flat.shape[1] - 1)]
-            logits = self.glance.symbols(flat[page, cell]).float() / self.temperature
-            total += logits.log_softmax(-1)[:, self.ids[list(symbol)]].amax(-1).cpu()
+            total += chances[:, offset, self.ids[list(symbol)]].amax(-1)
         return (total / len(word)).exp()
 
 
@@ -96,13 +106,6 @@ def _reading_order(squares: int, cell: tuple[int, int]) -> Tensor:
     """Where each cell of a page, row by row, stands among the cells of its tokens, token by token."""
     side, down, across = _grid(squares, cell)
     return torch.arange(squares * down * across).view(side, side, down, across).transpose(1, 2).reshape(-1)
-
-
-def _in_order(some: Tensor, tokens: Tensor, cell: tuple[int, int]) -> Tensor:
-    """[ids, B x cells token by token] -> [ids, B, cells row by row]."""
-    side, down, across = _grid(tokens.shape[1], cell)
-    grid = some.view(len(some), len(tokens), side, side, down, across)
-    return grid.transpose(3, 4).reshape(len(some), len(tokens), -1)
 
 
 def _along(chances: Tensor, word: Sequence[Sequence[int]]) -> Tensor:

@@ -11,6 +11,7 @@ line's end, `<end>` below the text.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -97,10 +98,11 @@ class Glance(ReadOut):
         return logits.log_softmax(-1)[:, ids].view(*shape, -1)
 
     @torch.inference_mode()
-    def hidden(self, tokens: Tensor, cell: tuple[int, int]) -> Tensor:
-        """What stands before the last projection at every cell of pages, [B, n, D] -> [B, n, cells of a token, width].
+    def hidden(self, tokens: Tensor, cell: tuple[int, int]) -> Iterator[Tensor]:
+        """What stands before the last projection at every cell of pages, [B, n, D] -> of some pages at a time [b, n, cells, width].
 
         Only the places at the centres of cells are computed: of cells of 16 x 8, a quarter.  Cells must divide a token's square.
+        A CPU gets one page at a time: 1 MB stays in a core's own memory, and takes half the time of 32 pages at once.
         """
         height, width = cell
         down, across = PIXELS_PER_TOKEN // height, PIXELS_PER_TOKEN // width
@@ -111,8 +113,8 @@ class Glance(ReadOut):
         bias = self.places.bias.view(-1, self.code)[place].flatten()
         codes = nn.functional.linear(self.norm(tokens), weight, bias).view(*tokens.shape[:2], len(place), self.code)
         read = codes * (1 + self.rows(y % PLACE_HEIGHT) + self.columns(x % PLACE_WIDTH))
-        found: Tensor = nn.functional.gelu(self.mix(read))
-        return found
+        for some in read.split(1 if tokens.device.type == "cpu" else len(read)):
+            yield nn.functional.gelu(self.mix(some))
 
     def _cell(self, tokens: Tensor) -> tuple[tuple[int, int], float]:
         """Height and width of a page's cells, and how sure the tokens are of it."""
