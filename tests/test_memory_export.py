@@ -1,0 +1,126 @@
+"""A memory in one file: it comes back whole, and no hostile file makes one."""
+
+import io
+import random
+
+import pytest
+from memory_histories import history, turn
+
+import optmem
+from optmem import Memory
+from optmem.errors import InputError, OptmemError
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with optmem.Engine.from_pretrained("nano", device="cpu") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def exported(engine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    with Memory.open(folder / "m", engine=engine, budget=800) as memory:
+        history(memory, 12)
+        memory.add({"role": "user", "content": "漢字 and \U0001f600"})
+        memory.recall("key of host 1")
+        memory.forget(3)
+        memory.context()
+        done = memory.export(folder / "m.tar")
+        assert done.messages == memory.stats().counts.messages
+        with pytest.raises(OptmemError, match="already"):
+            memory.export(folder / "m.tar")
+        yield folder / "m.tar", memory
+
+
+def test_export_and_import(exported, engine, tmp_path):
+    path, memory = exported
+    assert path.stat().st_mode & 0o077 == 0
+    with Memory.import_(path, tmp_path / "copy", engine=engine) as copy:
+        assert copy.context().digest() == memory.context().digest()
+        assert copy.receipts() == memory.receipts()
+        assert copy.settings == memory.settings
+        assert copy.recall("key of host 5") == memory.recall("key of host 5")
+        assert copy.verify().is_clean
+        assert copy.add(turn(3))[0] == memory.stats().counts.messages + 2, "numbers go on where they were"
+    with pytest.raises(OptmemError, match="already"):
+        Memory.import_(path, tmp_path / "copy")
+    with pytest.raises(OptmemError, match="cannot be opened"):
+        Memory.import_(tmp_path / "nothing.tar", tmp_path / "other")
+
+
+def tamper(source, target, change):
+    """A copy of an archive whose members went through `change`: name, content -> what is there instead."""
+    import tarfile
+
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for member in old:
+            for info, content in change(member, old.extractfile(member).read()):
+                info.size = len(content)
+                new.addfile(info, io.BytesIO(content))
+
+
+def renamed(name):
+    def change(info, content):
+        if info.name == "messages.jsonl":
+            info.name = name
+        return [(info, content)]
+
+    return change
+
+
+def replaced(table, old, new):
+    def change(info, content):
+        return [(info, content.replace(old, new) if info.name == table else content)]
+
+    return change
+
+
+def linked(info, content):
+    import tarfile
+
+    if info.name.startswith("blobs/"):
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        return [(info, b"")]
+    return [(info, content)]
+
+
+HOSTILE = {
+    "a name outside": renamed("../messages.jsonl"),
+    "an absolute name": renamed("/tmp/messages.jsonl"),
+    "an unknown table": renamed("sqlite_master.jsonl"),
+    "links": linked,
+    "twice": lambda info, content: [(info, content)] * 2,
+    "no manifest": lambda info, content: [] if info.name == "manifest.json" else [(info, content)],
+    "no lines": lambda info, content: [] if info.name == "lines.jsonl" else [(info, content)],
+    "changed text": replaced("lines.jsonl", b"key of host", b"key of ghost"),
+    "not JSON": replaced("messages.jsonl", b"[", b"{"),
+    "wrong types": replaced("pages.jsonl", b',"', b',1.5,"'),
+    "damaged files": lambda info, content: [(info, content[:-1] + b"x" if info.name.startswith("blobs/") else content)],
+    "missing files": lambda info, content: [] if info.name.startswith("blobs/") else [(info, content)],
+    "something behind": lambda info, content: (
+        [(info, content)] + ([(type(info)("more"), b"x")] if info.name == "manifest.json" else [])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_are_refused(exported, tmp_path, name):
+    path, _ = exported
+    tamper(path, tmp_path / "hostile.tar", HOSTILE[name])
+    with pytest.raises(InputError):
+        Memory.import_(tmp_path / "hostile.tar", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_cut_archives_are_refused(exported, tmp_path):
+    path, _ = exported
+    whole = path.read_bytes()
+    for number, size in enumerate((0, 100, 513, len(whole) // 2, len(whole) - 20_000)):
+        (tmp_path / "cut.tar").write_bytes(whole[:size])
+        with pytest.raises(InputError):
+            Memory.import_(tmp_path / "cut.tar", tmp_path / f"copy-{number}")
+    (tmp_path / "noise.tar").write_bytes(random.Random(1).randbytes(5000))
+    with pytest.raises(InputError):
+        Memory.import_(tmp_path / "noise.tar", tmp_path / "copy")
