@@ -137,6 +137,28 @@ def test_histories(engine, steps, budget, policy):
             found.memory.close()
 
 
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize("result", ["done as asked", "done as asked " + said(3, 400)], ids=["text", "drawn"])
+def test_a_result_whose_call_is_on_a_page_is_said_as_text(engine, tmp_path, archive, result):
+    """Where the call had to be drawn before its result came, no provider takes the result as one."""
+    call = {"id": "call-7", "type": "function", "function": {"name": "run", "arguments": '{"path": "/tmp/x"}'}}
+    with Memory.open(tmp_path / "m", engine=engine, budget=300, archive=archive) as memory:
+        memory.add([{"role": "user", "content": text} for text in (*["beta"] * 5, said(111, 111), said(141, 141), "beta", "beta")])
+        (seq,) = memory.add({"role": "assistant", "content": None, "tool_calls": [call]})
+        assert not any(isinstance(item, TextItem) for item in memory.context().items), "even the open group was drawn"
+        memory.add({"role": "tool", "tool_call_id": "call-7", "content": result})
+        view = memory.context()
+        has_text = archive or any(isinstance(item, TextItem) for item in view.items)
+        for provider in ("openai", "anthropic", "gemini", "qwen"):
+            given = view.payload(provider, pictures=False).to_json()
+            assert (b"done as asked" in given) == has_text
+            assert archive or (b"which is on a page" in given) == has_text
+            view.payload(provider, pictures=True)
+        with memory._snapshot() as inside:
+            (last,) = inside.messages(seq + 1)
+            assert (last.content is None) == (not has_text), "what is on pages is no text any more"
+
+
 def test_an_unchanged_prefix_keeps_its_bytes(engine, tmp_path):
     with Memory.open(tmp_path / "m", engine=engine, budget=3000) as memory:
         history(memory, 20)

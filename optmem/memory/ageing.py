@@ -289,7 +289,7 @@ def apply(change: Transaction, plan: Plan, optics: Optics, settings: Settings) -
             side, more = _show(change, unit, optics, settings)
             details, notes = replace(details, side=side), notes + more
         change.change_page(unit.number, tier=name, tokens=tokens, details=details.to_json())
-        if unit.page.tier == "text" and unit.tier > 0:
+        if unit.page.tier in ("text", "new") and unit.details.kind == "text" and unit.tier > 0:
             left_text |= dict.fromkeys(seq for seq, _, _ in unit.details.rows)
     if left_text and not settings.archive:
         change.drop_text(_whole(change, left_text))

@@ -17,7 +17,7 @@ from optmem.memory.optics import Optics, as_png, from_png
 from optmem.memory.parts import shown
 from optmem.memory.pricing import best_size
 from optmem.memory.providers import Item as GivenItem
-from optmem.memory.providers import Pages, Payload, Picture, payload
+from optmem.memory.providers import Pages, Payload, Picture, Rest, payload
 from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredMessage
 from optmem.memory.sketch import SketchPage
@@ -37,6 +37,7 @@ class TextItem:
     seq: int  # its number, as `add` gave it
     message: Message = field(repr=False)
     tokens: int
+    is_rest: bool = False  # of a group whose first messages are on pages
 
     @property
     def content(self) -> bytes:
@@ -132,7 +133,7 @@ class Context:
             elif isinstance(item, FactsItem):
                 yield Message.read({"role": "user", "content": item.text})
             else:
-                yield item.message
+                yield Rest(item.message) if item.is_rest else item.message
         if run:
             yield self._pages(run, reader)
 
@@ -184,7 +185,7 @@ class _Maker:
     def items(self) -> Iterator[Item]:
         for unit, choices in zip(self.plan.units, self.plan.choices, strict=True):
             if unit.group is not None:
-                yield from self._texts(unit.group.stored)
+                yield from self._texts(unit.group.stored, is_rest=unit.group.is_rest)
                 continue
             if unit.drawn is not None:
                 yield from self._sketched(unit, unit.drawn, choices)
@@ -204,13 +205,15 @@ class _Maker:
                 text = handle_text(unit.number, unit.page.factsheet)
                 yield FactsItem(handle(unit.number), (unit.page.first, unit.page.last), text, cost)
 
-    def _texts(self, stored: Sequence[StoredMessage], seqs: Sequence[int] | None = None) -> Iterator[TextItem]:
+    def _texts(
+        self, stored: Sequence[StoredMessage], seqs: Sequence[int] | None = None, *, is_rest: bool = False
+    ) -> Iterator[TextItem]:
         for each in stored:
             if each.seq in self._told or (seqs is not None and each.seq not in seqs) or each.content is None:
                 continue
             self._told.add(each.seq)
             message = Message.from_json(each.content, f"message {each.seq}")
-            yield TextItem(each.seq, _without_bytes(message) if seqs is not None else message, each.tokens)
+            yield TextItem(each.seq, _without_bytes(message) if seqs is not None else message, each.tokens, is_rest)
 
     def _sketched(self, unit: Unit, drawn: SketchPage, choices: Choices) -> Iterator[Item]:
         """A page that is in no store: its text is."""

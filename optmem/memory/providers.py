@@ -59,7 +59,14 @@ class Pages:
     text_tokens: int | None = None  # of these for the reader, where that is known
 
 
-Item = Message | Pages
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A message of a group whose first messages may be on pages: a result in it whose call is not given is said as text."""
+
+    message: Message
+
+
+Item = Message | Pages | Rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,22 +111,24 @@ class _Turn:
     role: str  # system, user, assistant, tool
     parts: tuple[Part, ...]
     name: str = ""
+    is_rest: bool = False  # the call that it answers may be on a page
 
 
 def _turns(items: Iterable[Item], reader: str, pictures: bool | None, choices: list[tuple[Price, bool]]) -> Iterator[_Turn]:
     for number, item in enumerate(items):
         if isinstance(item, Message):
             yield from _turns_of(item)
+        elif isinstance(item, Rest):
+            yield from (replace(turn, is_rest=True) for turn in _turns_of(item.message))
         elif isinstance(item, Pages):
             price = _price(item, reader)
             is_shown = not item.messages or (pictures if pictures is not None else price is None or price.is_worth_it)
             if price is not None:
                 choices.append((price, is_shown))
-            yield from (
-                [_Turn("user", tuple(_parts_of(item)))] if is_shown else (turn for one in item.messages for turn in _turns_of(one))
-            )
+            rest = (replace(turn, is_rest=True) for one in item.messages for turn in _turns_of(one))
+            yield from [_Turn("user", tuple(_parts_of(item)))] if is_shown else rest
         else:
-            raise InputError(f"item {number} of a view must be a Message or Pages, got {type(item).__name__}")
+            raise InputError(f"item {number} of a view must be a Message, Pages or Rest, got {type(item).__name__}")
 
 
 def _turns_of(message: Message) -> Iterator[_Turn]:
@@ -161,7 +170,10 @@ def _merge_results(turns: Sequence[_Turn]) -> list[_Turn]:
     ordered: list[_Turn] = []
     for turn in turns:
         if turn.role == "tool":
-            _check_called(turn.parts, called)
+            if turn.is_rest:
+                ordered += [_as_text(part) for part in turn.parts if isinstance(part, Result) and part.id not in called]
+            else:
+                _check_called(turn.parts, called)
             continue
         ordered.append(turn)
         ordered += [_Turn("tool", (results[part.id],)) for part in turn.parts if isinstance(part, Call) and part.id in results]
@@ -172,6 +184,11 @@ def _check_called(parts: Iterable[Part], called: set[str]) -> None:
     for part in parts:
         if isinstance(part, Result) and part.id not in called:
             raise InputError(f"a result in this view answers the call {part.id[:80]!r}, which is not in it: groups stay whole")
+
+
+def _as_text(result: Result) -> _Turn:
+    """Of a call that stands on a page: no provider takes an answer to what it was not told."""
+    return _Turn("user", (TextPart(f"[result of the call {result.id}, which is on a page]\n"), *result.parts))
 
 
 def _data(part: Attachment) -> str:
