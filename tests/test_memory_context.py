@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_histories import check_context, history, key, said, said_of, turn
+from memory_histories import check_context, history, key, png_of, said, said_of, turn, with_picture
 from PIL import Image
 
 import optmem
@@ -138,25 +138,28 @@ def test_histories(engine, steps, budget, policy):
 
 
 @pytest.mark.parametrize("archive", [False, True])
-@pytest.mark.parametrize("result", ["done as asked", "done as asked " + said(3, 400)], ids=["text", "drawn"])
-def test_a_result_whose_call_is_on_a_page_is_said_as_text(engine, tmp_path, archive, result):
-    """Where the call had to be drawn before its result came, no provider takes the result as one."""
-    call = {"id": "call-7", "type": "function", "function": {"name": "run", "arguments": '{"path": "/tmp/x"}'}}
+def test_a_result_whose_call_is_on_a_page_is_said_as_text(engine, tmp_path, archive):
+    """A picture that comes while a call waits is drawn with the call; no provider then takes the result as one."""
+    call = {"id": "call-7", "type": "function", "function": {"name": "run", "arguments": "{}"}}
     with Memory.open(tmp_path / "m", engine=engine, budget=300, archive=archive) as memory:
-        memory.add([{"role": "user", "content": text} for text in (*["beta"] * 5, said(111, 111), said(141, 141), "beta", "beta")])
-        (seq,) = memory.add({"role": "assistant", "content": None, "tool_calls": [call]})
-        assert not any(isinstance(item, TextItem) for item in memory.context().items), "even the open group was drawn"
-        memory.add({"role": "tool", "tool_call_id": "call-7", "content": result})
+        memory.add([{"role": "assistant", "content": said(1, 500), "tool_calls": [call]}, with_picture(png_of("seen meanwhile"))])
+        assert not any(isinstance(item, TextItem) for item in memory.context().items)
+        (seq,) = memory.add({"role": "tool", "tool_call_id": "call-7", "content": "done as asked"})
         view = memory.context()
-        has_text = archive or any(isinstance(item, TextItem) for item in view.items)
-        for provider in ("openai", "anthropic", "gemini", "qwen"):
-            given = view.payload(provider, pictures=False).to_json()
-            assert (b"done as asked" in given) == has_text
-            assert archive or (b"which is on a page" in given) == has_text
-            view.payload(provider, pictures=True)
         with memory._snapshot() as inside:
-            (last,) = inside.messages(seq + 1)
-            assert (last.content is None) == (not has_text), "what is on pages is no text any more"
+            (last,) = inside.messages(seq)
+        for provider in ("openai", "anthropic", "gemini", "qwen"):
+            for pictures in (False, True):
+                given = view.payload(provider, pictures=pictures).to_json()
+                is_text = b"done as asked" in given
+                assert archive or (b"which is on a page" in given) == is_text
+                assert is_text <= (last.content is not None), "what is on pages is no text any more"
+        for number in range(6):
+            memory.add(turn(number, 200))
+        memory.context()
+        with memory._snapshot() as inside:
+            (last,) = inside.messages(seq, seq)
+            assert (last.content is None) == (not archive), "what is on pages is no text any more"
 
 
 def test_an_unchanged_prefix_keeps_its_bytes(engine, tmp_path):
