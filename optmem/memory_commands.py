@@ -119,6 +119,7 @@ def _selected(names: Sequence[str]) -> list[int | str]:
 @click.option(
     "--index", type=click.Choice(get_args(Index)), help="Of a new memory: optical keeps no text of pages.  [default: text]"
 )
+@click.option("--reader", metavar="NAME", help=f"Whose tokens the budget counts: {', '.join(READERS)}.  [default: the model's]")
 @click.option("--policy", metavar="JSON", help='Words of the policy: \'{"keep": 4, "exclude": ["web_search"]}\'.')
 @_model
 @_as_json
@@ -131,6 +132,7 @@ def add(
     archive: bool | None,
     keep_sharp: bool | None,
     index: Index | None,
+    reader: str | None,
     policy: str | None,
     model: str,
     device: str,
@@ -145,7 +147,7 @@ def add(
     asked = None if policy is None else _policy(policy)
     given = read_sources(sources, role, kind)
     engine = _engine(model, device, dtype)
-    with Memory.open(path, engine, budget, archive, asked, index, keep_sharp=keep_sharp) as opened:
+    with Memory.open(path, engine, budget, archive, asked, index, keep_sharp=keep_sharp, reader=reader) as opened:
         numbers = opened.add(list(watched(given, "adding", unit="message")))
     if as_json:
         print_json({"messages": numbers})
@@ -196,7 +198,9 @@ def context(
 ) -> None:
     """Print what a model is to see of the memory at PATH, oldest first, what it costs, and what was made smaller for it.
 
-    With --provider the body of its request is printed, and costs go to stderr.
+    With --provider the body of its request is printed, and costs go to stderr.  The budget is then counted in its tokens, and where
+    the memory's own is counted otherwise, nothing ages for good: `add --reader` names whose tokens a memory counts.
+    What is not shown comes back with a larger budget, as sharp as it is kept.
     """
     if provider is not None:
         find_reader(provider)
@@ -205,11 +209,11 @@ def context(
     if output is not None:
         check_writable(output)
     with _opened(path, _engine(model, device, dtype), read_only=read_only) as opened:
-        found = opened.context(budget)
+        found = opened.context(budget, provider)
     files = {} if output is None else _save_pictures(found, output)
     request = None if provider is None else found.payload(provider, pictures=pictures)
     if as_json:
-        told = {} if request is None or provider is None else {"request": describe_payload(found, provider, request)}
+        told = {} if request is None or provider is None else {"request": describe_payload(provider, request)}
         print_json(describe_context(found, files) | told)
     elif request is not None and provider is not None:
         print_json(request.body)

@@ -10,12 +10,11 @@ from typing import Any
 import click
 
 from optmem.memory.check import Verified
-from optmem.memory.context import Context, FactsItem, Item, PageItem, TextItem
-from optmem.memory.pricing import find_reader, image_tokens
+from optmem.memory.context import Context, FactsItem, Item, NoteItem, PageItem, TextItem
+from optmem.memory.pricing import find_reader
 from optmem.memory.providers import Payload
 from optmem.memory.recall import Hit
 from optmem.memory.stats import Stats
-from optmem.text.count import estimate_tokens
 
 Json = dict[str, Any]
 _KEPT = "\n\t"
@@ -56,6 +55,8 @@ def _head(item: Item) -> str:
         return f"message {item.seq}, {item.message.role}, {cost}"
     if isinstance(item, FactsItem):
         return f"facts of {item.page}, {span(*item.messages)}, {cost}"
+    if isinstance(item, NoteItem):
+        return f"for the model, {cost}"
     what = f"{', '.join(item.pages)}, {span(*item.messages)}"
     read = "not drawn by optmem" if item.fidelity is None else f"{item.fidelity:.1%} of lines can be read exactly"
     return f"{what}, {item.tier} at {item.width} x {item.height} pixels, {cost}, {read}"
@@ -64,7 +65,7 @@ def _head(item: Item) -> str:
 def _text(item: Item) -> str:
     if isinstance(item, TextItem):
         return item.message.text()
-    return item.text if isinstance(item, FactsItem) else item.facts
+    return item.facts if isinstance(item, PageItem) else item.text
 
 
 def describe_item(item: Item, file: str | None) -> Json:
@@ -76,6 +77,8 @@ def describe_item(item: Item, file: str | None) -> Json:
         return {"kind": "text", "message": item.seq, "tokens": item.tokens, "content": item.message.given}
     if isinstance(item, FactsItem):
         return {"kind": "facts", "page": item.page, "messages": item.messages, "tokens": item.tokens, "text": item.text}
+    if isinstance(item, NoteItem):
+        return {"kind": "note", "tokens": item.tokens, "text": item.text}
     told = {name: getattr(item, name) for name in ("pages", "messages", "tier", "width", "height", "tokens", "fidelity", "facts")}
     return {"kind": "pages", **told, "file": file}
 
@@ -88,13 +91,14 @@ def describe_context(context: Context, files: dict[int, str]) -> Json:
     return {
         "budget": context.budget,
         "tokens": context.tokens,
+        "counted_by": context.reader,
         "digest": context.digest(),
         "items": [describe_item(item, files.get(number)) for number, item in enumerate(context.items)],
         "receipt": context.receipt.to_json(),
     }
 
 
-def describe_payload(context: Context, reader: str, payload: Payload) -> Json:
+def describe_payload(reader: str, payload: Payload) -> Json:
     """What a request costs at its provider, as JSON, with its body."""
     prices = [
         {"image_tokens": price.image_tokens, "text_tokens": price.text_tokens, "as_picture": is_shown}
@@ -103,32 +107,21 @@ def describe_payload(context: Context, reader: str, payload: Payload) -> Json:
     told = {
         "reader": find_reader(reader).name,
         "provider": payload.provider,
-        "tokens_estimated": provider_tokens(context, reader, payload),
+        "tokens_estimated": payload.tokens,
+        "notes": list(payload.notes),
     }
     return {**told, "saved": payload.saved, "prices": prices, "body": payload.body}
 
 
-def provider_tokens(context: Context, reader: str, payload: Payload) -> int:
-    """About what a reader of a provider bills for it: texts by an estimate, pictures by its formula, runs as they are given."""
-    tokens = 0
-    for item in context.items:
-        if isinstance(item, PageItem):
-            tokens += image_tokens(reader, item.width, item.height) + estimate_tokens(item.facts)
-        else:
-            tokens += item.tokens
-    as_text = (price for price, is_shown in zip(payload.prices, payload.pictured, strict=True) if not is_shown)
-    return tokens + sum(price.text_tokens - price.image_tokens for price in as_text)
-
-
 def show_cost(context: Context, reader: str, payload: Payload) -> str:
     """For people: what it costs, and what pictures save where the text is there too."""
-    lines = [str(context), f"about {provider_tokens(context, reader, payload):,} tokens at {find_reader(reader).name}"]
+    lines = [str(context), f"about {payload.tokens:,} tokens at {find_reader(reader).name}"]
     if payload.prices:
         cheaper = sum(price.is_worth_it for price in payload.prices)
         lines.append(f"of {plural(len(payload.prices), 'run')} of pages whose text is kept {cheaper:,} are cheaper as pictures")
         change = f"saves {payload.saved:,}" if payload.saved >= 0 else f"costs {-payload.saved:,} more"
         lines.append(f"{sum(payload.pictured):,} of them are given so, which {change} tokens")
-    return "\n".join([*lines, clean(str(context.receipt))])
+    return "\n".join([*lines, *payload.notes, clean(str(context.receipt))])
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------------------

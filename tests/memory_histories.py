@@ -6,7 +6,7 @@ import random
 
 from PIL import Image
 
-from optmem.memory.context import FactsItem, PageItem, TextItem
+from optmem.memory.context import FactsItem, NoteItem, PageItem, TextItem
 from optmem.pages import paginate
 from optmem.text.count import estimate_tokens
 
@@ -63,10 +63,14 @@ def check_context(view, memory, groups):
             with Image.open(io.BytesIO(item.png)) as picture:
                 side = 512 if tier.kind == "sheet" else min(tier.side, 512)
                 assert picture.size == (item.width, item.height) == (side, side)
+        elif isinstance(item, NoteItem):
+            assert item.tokens == estimate_tokens(item.text)
         else:
             assert isinstance(item, FactsItem)
             firsts.append(item.messages[0])
             assert item.tokens == estimate_tokens(item.text)
+    notes = [at for at, item in enumerate(view.items) if isinstance(item, NoteItem)]
+    assert len(notes) <= 1
     if not any(isinstance(item, PageItem) and len(item.pages) > 1 for item in view.items):
         assert firsts == sorted(firsts)
     for group in groups:

@@ -197,7 +197,9 @@ def test_a_context_says_what_it_shows_and_what_it_costs(run):
     heads = [line for line in out.splitlines() if line.startswith("-- ")]
     assert (code, len(heads)) == (0, len(found["items"]))
     assert f"{found['tokens']:,} of 1,500 tokens" in out
-    assert out.endswith("nothing changed\n")
+    assert "1,500 tokens, nothing changed\nnot shown: " in out
+    (note,) = [item for item in found["items"] if item["kind"] == "note"]
+    assert "recalled" in note["text"]
 
 
 @pytest.mark.usefixtures("aged")
@@ -207,10 +209,10 @@ def test_a_request_is_on_stdout_and_its_price_on_stderr(run, provider, name):
     body = json.loads(out)
     assert (code, bool(body[name])) == (0, True)
     assert "about " in err
-    assert "nothing changed" in err
     told = json.loads(run("context", "m", "--provider", provider, "--json")[1])
     assert told["request"]["body"] == body
-    assert told["request"]["tokens_estimated"] > 0
+    assert 0 < told["request"]["tokens_estimated"] <= told["tokens"] <= told["budget"] == 1500
+    assert (told["counted_by"], told["request"]["notes"]) == (told["request"]["reader"], [])
 
 
 @pytest.mark.usefixtures("aged")

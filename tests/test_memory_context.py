@@ -1,6 +1,8 @@
 """What a model is shown: within the budget, in order, pairs and pins kept, equal bytes where nothing changed."""
 
 import io
+import json
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +16,10 @@ from PIL import Image
 import optmem
 from optmem import Memory
 from optmem.errors import InputError
-from optmem.memory.context import PageItem, TextItem
+from optmem.memory.context import LEFT_OUT, NoteItem, PageItem, TextItem
 from optmem.memory.drawing import cut
 from optmem.memory.policy import Policy
-from optmem.memory.pricing import READERS, best_size
+from optmem.memory.pricing import READERS, best_size, find_reader, image_tokens
 from optmem.memory.providers import Pages
 from optmem.memory.receipt import Receipt
 from optmem.pages import paginate
@@ -214,7 +216,7 @@ def test_small_tiers_are_shown_where_they_are_pictures(engine, tmp_path):
         history(memory, 40)
         memory.context(2000)
         names = ("tiny", "square-384-facts", "square-384", "square-256", "sheet", "tiny-facts")
-        shown = memory._shown[2000]
+        shown = memory._shown[2000, ""]
         wanted = {number: names[at % 6] for at, number in enumerate(sorted(shown)[:8])}
         with memory._store.transaction() as change:
             for number, name in wanted.items():
@@ -354,6 +356,70 @@ def test_pictures_are_no_larger_than_a_provider_sees_them(engine, tmp_path, read
         for picture, item in zip(sent, shown, strict=True):
             assert Image.open(io.BytesIO(picture.png)).size == (picture.width, picture.height)
             assert (picture.png == item.png) == (picture.width == item.width)
+
+
+def test_what_is_left_out_is_said(engine, tmp_path):
+    """To the model in a line that never changes, to the user with the budget that would have place for all."""
+    with Memory.open(tmp_path / "m", engine=engine, budget=700) as memory:
+        memory.add({"role": "system", "content": "Be brief."})
+        assert not any(isinstance(item, NoteItem) for item in memory.context().items)
+        for number in range(30):
+            memory.add(turn(number))
+            view = memory.context()
+            assert view.tokens <= 700
+            notes = [at for at, item in enumerate(view.items) if isinstance(item, NoteItem)]
+            hints = [note for note in view.receipt.notes if note.startswith("not shown: ")]
+            assert len(notes) == len(hints) <= 1
+            if notes:
+                assert notes == [1], "behind the instructions, before the first page"
+                assert view.items[1].content == LEFT_OUT.encode()
+                assert memory.context().digest() == view.digest()
+        assert hints
+        assert LEFT_OUT in json.dumps(view.messages("anthropic"), ensure_ascii=False).replace("\\n", "\n")
+        needed = int(re.search(r"about ([0-9,]+) tokens", hints[0])[1].replace(",", ""))
+        whole = memory.context(needed)
+        assert not any(isinstance(item, NoteItem) for item in whole.items)
+        assert not [note for note in whole.receipt.notes if note.startswith("not shown: ")]
+        assert needed < 6000
+
+
+@pytest.mark.parametrize("reader", ["openai", "anthropic", "gemini", "qwen", "gpt-4o"])
+def test_a_budget_is_counted_by_the_reader_that_is_named(engine, tmp_path, reader):
+    with Memory.open(tmp_path / "m", engine=engine, budget=2500) as memory:
+        history(memory, 24)
+        plain = memory.context()
+        request = plain.payload(reader)
+        assert (request.tokens > 2500) == bool(request.notes), "what costs more than the budget is said"
+        before = memory.stats().tiers
+        view = memory.context(reader=reader)
+        assert memory.stats().tiers == before, "nothing ages for good"
+        assert view.reader == find_reader(reader).name
+        assert view.payload().provider == find_reader(reader).provider
+        for item in view.items:
+            if isinstance(item, PageItem):
+                price = image_tokens(reader, *best_size(reader, item.width, item.height))
+                assert item.tokens == price + estimate_tokens(item.facts)
+        for pictures in (None, True):
+            done = view.payload(pictures=pictures)
+            assert done.tokens <= view.tokens <= 2500
+            assert not done.notes
+        assert memory.context().digest() == plain.digest()
+        with pytest.raises(InputError, match="prices are known of"):
+            memory.context(reader="nobody")
+
+
+def test_a_memory_may_be_counted_by_its_reader(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine, budget=2500, reader="anthropic") as memory:
+        history(memory, 30)
+        view = memory.context()
+        assert (view.reader, view.tokens <= 2500) == ("claude", True)
+        assert memory.receipts(), "it ages for good"
+        assert view.payload().tokens <= 2500
+    with Memory.open(tmp_path / "m", engine=engine) as memory:
+        assert memory.settings.reader == "claude"
+        assert memory.context().digest() == view.digest()
+    with pytest.raises(InputError, match="prices are known of"):
+        Memory.open(tmp_path / "other", engine=engine, reader="nobody")
 
 
 def test_what_cannot_fit_is_said(engine, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from optmem.errors import PageCorrupted
@@ -15,7 +15,7 @@ from optmem.memory.drawing import handle_text
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics, as_png, from_png
 from optmem.memory.parts import shown
-from optmem.memory.pricing import best_size
+from optmem.memory.pricing import best_size, find_reader, image_tokens
 from optmem.memory.providers import Item as GivenItem
 from optmem.memory.providers import Pages, Payload, Picture, Rest, payload
 from optmem.memory.receipt import Receipt
@@ -25,6 +25,7 @@ from optmem.memory.tiers import Choices
 from optmem.memory.view import View
 from optmem.pages.chat import label
 from optmem.pixels import resized
+from optmem.text.count import estimate_tokens
 
 if TYPE_CHECKING:
     from optmem.engine import VisionTokens
@@ -87,7 +88,23 @@ class FactsItem:
         return self.text.encode()
 
 
-Item = TextItem | PageItem | FactsItem
+LEFT_OUT = "[Older pages are not shown here; they can be recalled.]\n"
+
+
+@dataclass(frozen=True, slots=True)
+class NoteItem:
+    """Says to the model that pages are left out, where the first of them lies.  Always the same bytes, for prompt caches."""
+
+    text: str
+    tokens: int
+
+    @property
+    def content(self) -> bytes:
+        """What equal items have equal."""
+        return self.text.encode()
+
+
+Item = TextItem | PageItem | FactsItem | NoteItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,7 @@ class Context:
     tokens: int  # of all items, as the reader counts them
     receipt: Receipt  # what changed to make this of what was shown before
     texts: dict[int, tuple[Message, ...]] = field(repr=False)  # of runs of pages whose messages are kept too
+    reader: str = ""  # whose tokens these are, one of `pricing.READERS`; "" is the model that reads the pages
 
     def digest(self, count: int | None = None) -> str:
         """A hash over the first so many items, all of them where None: equal views have equal ones."""
@@ -108,13 +126,36 @@ class Context:
             digest.update(f"{type(item).__name__} {len(content)}\n".encode() + content)
         return digest.hexdigest()
 
-    def payload(self, reader: str = "openai", *, pictures: bool | None = None) -> Payload:
-        """The messages of a provider with the price of every choice, as `providers.payload` has it."""
-        return payload(list(self._given(reader)), reader, pictures=pictures)
+    def payload(self, reader: str | None = None, *, pictures: bool | None = None) -> Payload:
+        """The messages of a provider with the price of every choice, as `providers.payload` has it, and of all of it.
 
-    def messages(self, reader: str = "openai", *, pictures: bool | None = None) -> Any:
+        Where that is more than the budget, which may have been counted by another reader, a note says so.
+        """
+        name = reader or self.reader or "openai"
+        found = payload(list(self._given(name)), name, pictures=pictures)
+        tokens, called = self._cost(name, found), find_reader(name).name
+        notes: tuple[str, ...] = ()
+        if tokens > self.budget:
+            over = f"this costs about {tokens:,} tokens at {called}, more than the budget of {self.budget:,}"
+            counted = f", which was counted by {self.reader or 'the model that reads pages'}: ask for context(reader={called!r})"
+            notes = (over + ("" if self.reader == called else counted),)
+        return replace(found, tokens=tokens, notes=notes)
+
+    def _cost(self, reader: str, found: Payload) -> int:
+        """About what a reader bills: texts by an estimate, pictures by its formula, runs as they are given."""
+        tokens = 0
+        for item in self.items:
+            if isinstance(item, PageItem):
+                tokens += image_tokens(reader, *best_size(reader, item.width, item.height)) + estimate_tokens(item.facts)
+            else:
+                tokens += item.tokens
+        as_text = (price for price, is_shown in zip(found.prices, found.pictured, strict=True) if not is_shown)
+        return tokens + sum(price.text_tokens - price.image_tokens for price in as_text)
+
+    def messages(self, reader: str | None = None, *, pictures: bool | None = None) -> Any:
         """The messages of a provider: "openai", "anthropic", "gemini", "qwen", or one of `pricing.READERS`.
 
+        reader     None is whose tokens were counted, and "openai" where that is the model that reads the pages
         pictures   None gives as pictures what costs less so, where the text is kept; True all pages, False none whose text is kept
 
         For Anthropic and Gemini, whose instructions stand apart, see `payload(reader).body`.
@@ -130,7 +171,7 @@ class Context:
                 run = []
             if isinstance(item, PageItem):
                 run.append(item)
-            elif isinstance(item, FactsItem):
+            elif isinstance(item, FactsItem | NoteItem):
                 yield Message.read({"role": "user", "content": item.text})
             else:
                 yield Rest(item.message) if item.is_rest else item.message
@@ -142,7 +183,8 @@ class Context:
 
     def __str__(self) -> str:
         kinds = [f"{sum(isinstance(item, kind) for item in self.items)} {name}" for kind, name in _KINDS]
-        return f"{self.tokens:,} of {self.budget:,} tokens: {', '.join(kinds)}"
+        counted = f" as {self.reader} counts" if self.reader else ""
+        return f"{self.tokens:,} of {self.budget:,} tokens{counted}: {', '.join(kinds)}"
 
 
 def _sized(item: PageItem, reader: str) -> Picture:
@@ -169,9 +211,40 @@ def show(
     maker = _Maker(view, plan, optics, encode)
     items = tuple(maker.items())
     tokens = sum(item.tokens for item in items)
-    notes = (*receipt.notes, *maker.notes)
+    left = note_tokens(plan, optics)
+    if left and tokens + left <= budget:
+        items, tokens = (*items[: maker.first_left], NoteItem(LEFT_OUT, left), *items[maker.first_left :]), tokens + left
+    notes = (*receipt.notes, *maker.notes, *_hint(plan, optics, tokens))
     told = Receipt(receipt.budget, receipt.tokens_before, receipt.tokens_after, receipt.changes, notes)
-    return Context(items, budget, tokens, told, maker.texts)
+    return Context(items, budget, tokens, told, maker.texts, optics.reader)
+
+
+def note_tokens(plan: Plan, optics: Optics) -> int:
+    """What it costs to say that pages are left out; 0 where none is."""
+    return optics.count(LEFT_OUT) if any(_is_left_out(unit, optics) for unit in plan.units) else 0
+
+
+def _is_left_out(unit: Unit, optics: Optics) -> bool:
+    return unit.group is None and optics.ladder.tiers[unit.tier].kind == "stored"
+
+
+def _hint(plan: Plan, optics: Optics, tokens: int) -> Iterator[str]:
+    """What is not shown, and how large a budget would have to be: of every page the sharpest picture that there is."""
+    left, needed = [], tokens
+    for unit, choices in zip(plan.units, plan.choices, strict=True):
+        if _is_left_out(unit, optics):
+            left.append(unit)
+            needed += next((cost for cost in choices.tokens[optics.sharp :] if cost), 0)
+    if left:
+        first, last = min(unit.first for unit in left), max(_last(unit) for unit in left)
+        what = f"{len(left):,} page{'s' * (len(left) != 1)} of messages {first:,} to {last:,}"
+        yield f"not shown: {what}; a budget of about {needed:,} tokens has place for all, and `recall` finds what is on them"
+
+
+def _last(unit: Unit) -> int:
+    if unit.page is not None:
+        return unit.page.last
+    return unit.drawn.last if unit.drawn is not None else unit.first
 
 
 class _Maker:
@@ -181,29 +254,39 @@ class _Maker:
         self.texts: dict[int, tuple[Message, ...]] = {}
         self._told: set[int] = set()  # messages that stand there as text
         self._sheets: set[str] = set()
+        self.first_left = 0  # items before the first page that is left out
 
     def items(self) -> Iterator[Item]:
+        count, is_whole = 0, True
         for unit, choices in zip(self.plan.units, self.plan.choices, strict=True):
-            if unit.group is not None:
-                yield from self._texts(unit.group.stored, is_rest=unit.group.is_rest)
-                continue
-            if unit.drawn is not None:
-                yield from self._sketched(unit, unit.drawn, choices)
-                continue
-            assert unit.page is not None
-            assert unit.details is not None
-            kind = self.optics.ladder.tiers[unit.tier].kind
-            cost = choices.tokens[unit.tier] or 0
-            if kind == "text":
-                seqs = [seq for seq, _, _ in unit.details.rows]
-                yield from self._texts(list(self.view.messages(min(seqs), max(seqs))), seqs)
-            elif kind == "page":
-                yield from self._page(unit, cost, choices.fidelity[unit.tier])
-            elif kind == "sheet":
-                yield from self._sheet(unit, cost, choices.fidelity[unit.tier])
-            elif kind == "facts":
-                text = handle_text(unit.number, unit.page.factsheet)
-                yield FactsItem(handle(unit.number), (unit.page.first, unit.page.last), text, cost)
+            if is_whole and _is_left_out(unit, self.optics):
+                is_whole, self.first_left = False, count
+            for item in self._of(unit, choices):
+                count += 1
+                yield item
+
+    def _of(self, unit: Unit, choices: Choices) -> Iterator[Item]:
+        """The items of a unit."""
+        if unit.group is not None:
+            yield from self._texts(unit.group.stored, is_rest=unit.group.is_rest)
+            return
+        if unit.drawn is not None:
+            yield from self._sketched(unit, unit.drawn, choices)
+            return
+        assert unit.page is not None
+        assert unit.details is not None
+        kind = self.optics.ladder.tiers[unit.tier].kind
+        cost = choices.tokens[unit.tier] or 0
+        if kind == "text":
+            seqs = [seq for seq, _, _ in unit.details.rows]
+            yield from self._texts(list(self.view.messages(min(seqs), max(seqs))), seqs)
+        elif kind == "page":
+            yield from self._page(unit, cost, choices.fidelity[unit.tier])
+        elif kind == "sheet":
+            yield from self._sheet(unit, cost, choices.fidelity[unit.tier])
+        elif kind == "facts":
+            text = handle_text(unit.number, unit.page.factsheet)
+            yield FactsItem(handle(unit.number), (unit.page.first, unit.page.last), text, cost)
 
     def _texts(
         self, stored: Sequence[StoredMessage], seqs: Sequence[int] | None = None, *, is_rest: bool = False

@@ -14,7 +14,9 @@ from optmem.memory.messages import Message
 from optmem.memory.optics import Optics
 from optmem.memory.reading import PageReader
 from optmem.memory.recall import Place, rank, scan
-from optmem.memory.records import StoredPage
+from optmem.memory.records import StoredMessage, StoredPage
+from optmem.memory.settings import State
+from optmem.memory.view import View
 from optmem.memory.words import words
 
 LEAST = 0.5  # a symbol of what is found is as likely as this
@@ -72,3 +74,17 @@ def words_of(query: str) -> list[str]:
     if not found:
         raise InputError(f"there is no word to look for in {query[:80]!r}")
     return list(dict.fromkeys(found))
+
+
+def with_text(view: View, state: State) -> Iterator[StoredMessage]:
+    """Messages that are on no page, or on pages that are shown as text."""
+    seen: set[int] = set()
+    for page in view.pages():
+        if page.tier == "text":
+            for each in view.messages(page.first, page.last):
+                if each.content is not None and each.seq not in seen:
+                    seen.add(each.seq)
+                    yield each
+    for seq, _ in state.kept:
+        yield from (each for each in view.messages(seq, seq) if each.content is not None and each.seq not in seen)
+    yield from (each for each in view.messages(state.drawn + 1) if each.content is not None)

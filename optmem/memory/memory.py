@@ -13,8 +13,8 @@ import json
 import os
 import threading
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
@@ -25,20 +25,21 @@ from optmem.memory.ageing import Plan, Planner, apply, check_budget
 from optmem.memory.aio import twin
 from optmem.memory.archive import Exported, export, restore
 from optmem.memory.check import Verified
-from optmem.memory.context import Context, show
+from optmem.memory.context import Context, note_tokens, show
 from optmem.memory.details import RECALLS, Details, handle
 from optmem.memory.drawing import AT_ONCE, Group, behind, cut, draw_runs, keep_runs, read_groups, rows_of
 from optmem.memory.forgetting import Forgetting, Forgotten, names
-from optmem.memory.grep import Grep
+from optmem.memory.grep import Grep, with_text
 from optmem.memory.messages import Message, read_messages
 from optmem.memory.optics import Optics, from_png
 from optmem.memory.policy import Policy
+from optmem.memory.pricing import reader_name
 from optmem.memory.reading import PageReader
 from optmem.memory.recall import Answers, Hit, check_query, search_lines
 from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredPage, check_number
 from optmem.memory.selecting import Selector, find_page, select
-from optmem.memory.settings import NAME, STATE, Index, Settings, State
+from optmem.memory.settings import STATE, Index, Settings, State, kept_settings
 from optmem.memory.sketch import Sketched, not_yet
 from optmem.memory.stats import Stats, stats_of
 from optmem.memory.store import Reader, Store
@@ -59,11 +60,12 @@ class Memory:
         self._opened, self.settings, self.optics = opened, settings, optics
         self._store = opened if isinstance(opened, Store) else None
         self._turn = threading.RLock()
-        self._planner = Planner(optics, settings)
+        self._planners: dict[str, Planner] = {}  # for each reader whose tokens were asked for
         self._reader = PageReader(optics, self._snapshot, None if self._store is None else self._store.transaction)
         self._grep = Grep(optics, self._reader)
-        self._shown: dict[int, dict[int, int]] = {}  # for budgets other than the memory's: the tier of each page when last shown
-        self._sketched: dict[int, Sketched] = {}
+        # For budgets and readers other than the memory's: the tier of each page when last shown.
+        self._shown: dict[tuple[int, str], dict[int, int]] = {}
+        self._sketched: dict[tuple[int, str], Sketched] = {}
 
     @classmethod
     def open(
@@ -76,6 +78,7 @@ class Memory:
         index: Index | None = None,
         *,
         keep_sharp: bool | None = None,
+        reader: str | None = None,
         count: Callable[[str], int] | None = None,
         mode: Literal["write", "read"] = "write",
         create: bool = True,
@@ -89,6 +92,7 @@ class Memory:
         index        "text" keeps the lines of pages to find them by words; "optical" keeps none, and finds them by a glance over
                      their tokens
         keep_sharp   keep the sharpest pixels of a page on disk however small it is shown; False lets them age too
+        reader       whose tokens the budget counts: a provider or one of `pricing.READERS`; "" is the engine
         count        tokens of a text for the model that is to read it; None as `Optics` has it
         mode         "read" is for processes beside the one that writes: nothing is changed, cached or counted
         create       False refuses where there is no memory
@@ -100,12 +104,19 @@ class Memory:
             raise InputError(f"a memory is opened to 'write' or to 'read', got {repr(mode)[:80]}")
         if engine is not None and not hasattr(engine, "encoder_fingerprint"):
             raise InputError(f"engine must be an Engine, or None for nano, got {type(engine).__name__}")
-        given = {"budget": budget, "archive": archive, "policy": policy, "index": index, "keep_sharp": keep_sharp}
+        given: dict[str, Any] = {
+            "budget": budget,
+            "archive": archive,
+            "policy": policy,
+            "index": index,
+            "keep_sharp": keep_sharp,
+            "reader": reader,
+        }
         Settings().changed(given)  # before anything is made: what is refused leaves no memory behind
         opened = Reader.open(path) if mode == "read" else Store.open(path, create=create)
         try:
-            settings = _settings(opened, given)
-            return cls(opened, settings, Optics(engine, count))
+            settings = kept_settings(opened, given)
+            return cls(opened, settings, Optics(engine, count, settings.reader))
         except BaseException:
             opened.close()
             raise
@@ -132,31 +143,39 @@ class Memory:
 
     # What a model is to see
 
-    def context(self, budget: int | None = None) -> Context:
+    def context(self, budget: int | None = None, reader: str | None = None) -> Context:
         """What a model is to see, oldest first: text for what is recent, pages for the rest, never above the budget.
 
         budget   None is the memory's own.  With another one nothing is aged for good: what would not fit is only shown smaller,
                  and stays so from one call to the next as long as the memory is open.  With a larger one than before, pages are
                  shown as sharp as they are kept, as far as they fit
+        reader   whose tokens the budget counts, as `open` takes it; None is the memory's own.  With another one, too, nothing ages
 
         Nothing changes while what is shown fits, so that an unchanged prefix keeps its bytes.
         Raises InputError where what is pinned or excluded does not fit.
         """
         own = self.settings.budget
         wanted = own if budget is None else check_budget(budget)
+        name = self.settings.reader if reader is None else reader_name(reader)
         with self._turn:
             notes = self._draw() if self._store is not None else []
-            if wanted == own and self._store is not None:
+            if (wanted, name) == (own, self.settings.reader) and self._store is not None:
                 plan, more = self._age(own)
                 notes += more
             else:
-                plan = self._plan(wanted, shown=self._shown.setdefault(wanted, {}), sketched=self._sketched.get(wanted))
-                self._shown[wanted] = {unit.number: unit.tier for unit in plan.units if unit.page is not None}
-                self._sketched[wanted] = plan.sketched
+                key = wanted, name
+                plan = self._plan(wanted, name, shown=self._shown.setdefault(key, {}), sketched=self._sketched.get(key))
+                self._shown[key] = {unit.number: unit.tier for unit in plan.units if unit.page is not None}
+                self._sketched[key] = plan.sketched
             receipt = plan.allocation.receipt
             receipt = replace(receipt, notes=(*receipt.notes, *notes))
             with self._snapshot() as view:
-                return show(view, plan, self.optics, wanted, receipt=receipt, encode=self._encode)
+                return show(view, plan, self._planner(name).optics, wanted, receipt=receipt, encode=self._encode)
+
+    def _planner(self, reader: str) -> Planner:
+        if reader not in self._planners:
+            self._planners[reader] = Planner(self.optics.counted_by(reader), self.settings)
+        return self._planners[reader]
 
     def age(self, budget: int | None = None) -> Receipt:
         """Draws what fills pages, and makes pages smaller until they fit the budget; what changed."""
@@ -169,7 +188,7 @@ class Memory:
 
     def _age(self, budget: int) -> tuple[Plan, list[str]]:
         """A plan that is carried out; and what went wrong on the way."""
-        plan = self._plan(budget)
+        plan = self._plan(budget, self.settings.reader)
         changed = {unit.number for unit in plan.units if unit.page is not None and self._differs(unit.tier, unit.page)}
         raised = any(unit.details is not None and unit.details.raised for unit in plan.units)
         with self._snapshot() as view:
@@ -184,18 +203,31 @@ class Memory:
             notes = apply(change, plan, self.optics, self.settings)
             if plan.allocation.receipt.changes:
                 change.add_receipt(json.dumps(plan.allocation.receipt.to_json()), clock.time())
-        for number in changed:
-            self._planner.forget(number)
+        self._changed(changed)
         return plan, notes
+
+    def _changed(self, numbers: Iterable[int]) -> None:
+        """What was known of these pages holds no more."""
+        for number in numbers:
+            for planner in self._planners.values():
+                planner.forget(number)
 
     def _differs(self, tier: int, page: StoredPage) -> bool:
         return self.optics.ladder.tiers[tier].name != page.tier
 
-    def _plan(self, budget: int, *, shown: Mapping[int, int] | None = None, sketched: Sketched | None = None) -> Plan:
+    def _plan(self, budget: int, reader: str, *, shown: Mapping[int, int] | None = None, sketched: Sketched | None = None) -> Plan:
+        """Where pages are left out, there is place to say so, if that can be had."""
+        planner = self._planner(reader)
         with self._snapshot() as view:
             state = State.of(view)
             groups = [*self._kept(view, state), *read_groups(view, state, self.settings.policy)]
-            return self._planner.plan(view, state, groups, budget, shown=shown, sketched=sketched)
+            found = planner.plan(view, state, groups, budget, shown=shown, sketched=sketched)
+            note = note_tokens(found, planner.optics)
+            if found.allocation.receipt.tokens_after + note <= budget:
+                return found
+            with suppress(InputError):
+                return planner.plan(view, state, groups, budget - note, shown=shown, sketched=sketched)
+            return found
 
     def _kept(self, view: View, state: State) -> Iterator[Group]:
         """Groups that stay text though what is behind them is on pages."""
@@ -274,7 +306,7 @@ class Memory:
             self._draw()
         with self._snapshot() as view:
             state = State.of(view)
-            told = [(each.seq, Message.from_json(each.content)) for each in _with_text(view, state)]
+            told = [(each.seq, Message.from_json(each.content or "")) for each in with_text(view, state)]
             pages = [page for page in view.pages() if page.tier != "text"]
         return self._grep.find(query, told, pages, limit)
 
@@ -377,8 +409,7 @@ class Memory:
                 change.add_receipt(json.dumps(receipt.to_json()), clock.time())
             self._shown.clear()
             self._sketched.clear()
-            for number in work.pages:
-                self._planner.forget(number)
+            self._changed(work.pages)
             verified = None
             if prove:
                 with self._snapshot() as view:
@@ -455,36 +486,8 @@ class Memory:
             yield view
 
 
-def _settings(opened: Store | Reader, given: Mapping[str, Any]) -> Settings:
-    """As the memory was made, with what is said now.  A writer keeps that."""
-    with opened.snapshot() as view:
-        text = view.setting(NAME)
-    made = Settings() if text is None else Settings.from_json(text)
-    found = made.changed(given)
-    if text is not None and found.index != made.index:
-        raise InputError(f"this memory was made with index={made.index!r}, which cannot be changed")
-    if isinstance(opened, Store) and (text is None or found != made):
-        with opened.transaction() as change:
-            change.set(NAME, found.to_json())
-    return found
-
-
 def _all_messages(given: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, Message) for each in given)
-
-
-def _with_text(view: View, state: State) -> Iterator[Any]:
-    """Messages that are on no page, or on pages that are shown as text."""
-    seen: set[int] = set()
-    for page in view.pages():
-        if page.tier == "text":
-            for each in view.messages(page.first, page.last):
-                if each.content is not None and each.seq not in seen:
-                    seen.add(each.seq)
-                    yield each
-    for seq, _ in state.kept:
-        yield from (each for each in view.messages(seq, seq) if each.content is not None and each.seq not in seen)
-    yield from (each for each in view.messages(state.drawn + 1) if each.content is not None)
 
 
 __all__ = ["Context", "Hit", "Memory", "Policy", "Receipt", "Settings", "handle"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from optmem.errors import CheckpointError, InputError
 from optmem.images import Pixels, as_image
 from optmem.memory.fidelity import ASSUMED, Curve, read_curve
 from optmem.memory.ladder import Ladder, ladder
+from optmem.memory.pricing import best_size, image_tokens
 from optmem.memory.tiers import Tier
 from optmem.pixels import PIXELS_PER_TOKEN, contact_sheet, find_mode, to_mode
 from optmem.text.count import estimate_tokens
@@ -28,13 +30,14 @@ LARGEST = 1024  # pixels of the side of a picture that nano keeps
 class Optics:
     """What a memory sees with."""
 
-    def __init__(self, engine: Engine | None = None, count: Callable[[str], int] | None = None) -> None:
+    def __init__(self, engine: Engine | None = None, count: Callable[[str], int] | None = None, reader: str = "") -> None:
         """
         engine   None is nano, which is loaded when it is first needed
         count    tokens of a text for the model that is to read it; None is the engine's own vocabulary where that is one of
                  words, and an estimate of a common one (`text.count`) for nano, which reads characters
+        reader   that is billed for pictures by its own formula, one of `pricing.READERS`; "" is the engine
         """
-        self._given, self._count = engine, count
+        self._given, self._count, self.reader = engine, count, reader
         self._lock = threading.Lock()
 
     @cached_property
@@ -52,7 +55,13 @@ class Optics:
     @cached_property
     def ladder(self) -> Ladder:
         """The tiers of the model's pages."""
-        return ladder(self.engine.model.config, self._curve())
+        found = ladder(self.engine.model.config, self._curve())
+        tiers = tuple(_priced(tier, found.size, self.reader) for tier in found.tiers) if self.reader else found.tiers
+        return replace(found, tiers=tiers)
+
+    def counted_by(self, reader: str) -> Optics:
+        """The same eyes, where another reader is billed.  Its texts are estimated, where no count was given."""
+        return self if reader == self.reader else Optics(self.engine, self._count or estimate_tokens, reader)
 
     def _curve(self) -> Curve:
         from optmem.engine.checkpoint import FIDELITY, fingerprint
@@ -107,6 +116,14 @@ class Optics:
     def at(self, pixels: Pixels, tier: Tier) -> Pixels:
         """A page as a tier shows it."""
         return pixels if pixels.shape[0] == tier.side else to_mode(pixels, find_mode(tier.mode))
+
+
+def _priced(tier: Tier, size: int, reader: str) -> Tier:
+    """A tier as a provider bills it."""
+    if tier.kind not in ("page", "sheet"):
+        return tier
+    side = tier.side if tier.kind == "page" else size
+    return replace(tier, tokens=image_tokens(reader, *best_size(reader, side, side)))
 
 
 def as_png(pixels: Pixels) -> bytes:

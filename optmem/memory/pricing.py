@@ -218,6 +218,11 @@ def find_reader(name: str | Reader) -> Reader:
     return found
 
 
+def reader_name(name: str) -> str:
+    """What the one meant is called; "" stays "", the model that reads pages itself.  Raises InputError for an unknown one."""
+    return find_reader(name).name if name else ""
+
+
 def image_tokens(reader: str | Reader, width: int, height: int) -> int:
     """What a picture costs.  Raises InputError for an unknown reader, and what is no size."""
     _check(width, height)

@@ -2,7 +2,8 @@
 
 A view is messages and runs of pages.  A run that would cost more as pictures than as text is given as the messages that it shows,
 and every choice comes with its price.  Results of tools follow the call that they answer, as all providers want it.
-The same items give the same bytes, and items behind them change none of the messages before the last: prompt caches hold.
+The same items give the same bytes, and items behind them change none of the messages before the last: prompt caches hold.  Only
+instructions that come later change what stands first, where a provider has a field of its own for them (Anthropic, Gemini).
 
 What a provider has no place for is said as text: documents for Qwen, references that only another provider can follow.  Thinking
 goes back to Anthropic alone, and only where it is signed: others neither take it nor need it.
@@ -77,6 +78,8 @@ class Payload:
     body: Json  # "messages", or "contents" for Gemini; "system" or "systemInstruction" where there are instructions
     prices: tuple[Price, ...] = ()  # of every run of pages that could be given as text, in order
     pictured: tuple[bool, ...] = ()  # whether each of these runs is given as pictures here
+    tokens: int = 0  # about what all of it costs, where that was counted; texts are estimated
+    notes: tuple[str, ...] = ()  # what should be known of it, such as that it costs more than a budget
 
     @property
     def saved(self) -> int:
@@ -301,15 +304,20 @@ def _text_or_picture(part: Part) -> Json | None:
 
 
 def _anthropic_body(turns: Sequence[_Turn]) -> Json:
-    first = next((number for number, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    system = [{"type": "text", "text": _said(turn.parts)} for turn in turns[:first]]
-    written = ((_side(turn, "assistant"), _blocks(turn)) for turn in turns[first:])
+    system = [{"type": "text", "text": text} for text in _instructions(turns)]
+    written = ((_side(turn, "assistant"), _blocks(turn)) for turn in turns if turn.role != "system")
     found = [{"role": role, "content": blocks} for role, blocks in _joined(written)]
     return {"system": system, "messages": found} if system else {"messages": found}
 
 
+def _instructions(turns: Sequence[_Turn]) -> list[str]:
+    """All of them, in order.  These providers know them in a field of their own alone; as a user's text they could be forged."""
+    found = (_said(turn.parts) for turn in turns if turn.role == "system")
+    return [text for text in found if text]  # an empty text is refused there
+
+
 def _side(turn: _Turn, model: str) -> str:
-    """These providers know two who speak, and instructions only at the start."""
+    """These providers know two who speak."""
     return model if turn.role == "assistant" else "user"
 
 
@@ -325,8 +333,7 @@ def _joined(written: Iterable[tuple[str, list[Json]]]) -> list[tuple[str, list[J
 
 
 def _blocks(turn: _Turn) -> list[Json]:
-    found = [block for part in turn.parts if (block := _block(part)) is not None]
-    return [{"type": "text", "text": "[system]"}, *found] if turn.role == "system" else found
+    return [block for part in turn.parts if (block := _block(part)) is not None]
 
 
 def _block(part: Part) -> Json | None:
@@ -356,16 +363,14 @@ def _block(part: Part) -> Json | None:
 
 def _gemini_body(turns: Sequence[_Turn]) -> Json:
     names = {part.id: part.name for turn in turns for part in turn.parts if isinstance(part, Call)}
-    first = next((number for number, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    system = [{"text": _said(turn.parts)} for turn in turns[:first]]
-    written = ((_side(turn, "model"), _gemini_parts(turn, names)) for turn in turns[first:])
+    system = [{"text": text} for text in _instructions(turns)]
+    written = ((_side(turn, "model"), _gemini_parts(turn, names)) for turn in turns if turn.role != "system")
     contents = [{"role": role, "parts": parts} for role, parts in _joined(written)]
     return {"systemInstruction": {"parts": system}, "contents": contents} if system else {"contents": contents}
 
 
 def _gemini_parts(turn: _Turn, names: Mapping[str, str]) -> list[Json]:
-    found = [each for part in turn.parts for each in _gemini_part(part, names)]
-    return [{"text": "[system]"}, *found] if turn.role == "system" else found
+    return [each for part in turn.parts for each in _gemini_part(part, names)]
 
 
 def _gemini_part(part: Part, names: Mapping[str, str]) -> Iterator[Json]:

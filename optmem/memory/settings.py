@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from optmem.errors import InputError
 from optmem.memory.policy import Policy
+from optmem.memory.pricing import reader_name
+from optmem.memory.store import Reader, Store
 from optmem.memory.view import View
 
 Index = Literal["text", "optical"]
@@ -24,6 +26,7 @@ class Settings:
     index: Index = "text"  # "optical" keeps no text of what is on pages: they are found by a glance over their tokens
     keep_sharp: bool = True  # keep the sharpest pixels of a page on the disk, however small it is shown; False lets them age too
     policy: Policy = field(default_factory=Policy)
+    reader: str = ""  # whose tokens the budget counts, one of `pricing.READERS`; "" is the model that reads the pages
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 0:
@@ -35,6 +38,9 @@ class Settings:
                 raise InputError(f"{name} must be True or False, got {repr(getattr(self, name))[:80]}")
         if not isinstance(self.policy, Policy):
             raise InputError(f"policy must be a Policy, got {type(self.policy).__name__}")
+        if not isinstance(self.reader, str):
+            raise InputError(f"reader must be the name of a provider or of a reader, got {repr(self.reader)[:80]}")
+        object.__setattr__(self, "reader", reader_name(self.reader))
         if self.archive and self.index == "optical":
             raise InputError("archive=True keeps every message as text, and index='optical' keeps none: choose one")
 
@@ -51,7 +57,7 @@ class Settings:
     def from_json(cls, text: str) -> Settings:
         """Raises InputError for what is none."""
         found = json.loads(text)
-        if not isinstance(found, dict) or found.keys() != cls.__dataclass_fields__.keys():
+        if not isinstance(found, dict) or found.keys() | {"reader"} != cls.__dataclass_fields__.keys():
             raise InputError(f"the settings of a memory are {', '.join(cls.__dataclass_fields__)}: it was made by another optmem")
         return cls(**found | {"policy": Policy.from_json(found["policy"])})
 
@@ -88,3 +94,17 @@ class State:
             raise InputError("the state of a memory is not such as this optmem keeps")
         pairs = {name: tuple((one, other) for one, other in found.get(name, ())) for name in ("kept", "pins")}
         return cls(**found | pairs | {name: tuple(found.get(name, ())) for name in ("waiting", "sketch")})
+
+
+def kept_settings(opened: Store | Reader, given: Mapping[str, Any]) -> Settings:
+    """As the memory was made, with what is said now.  A writer keeps that."""
+    with opened.snapshot() as view:
+        text = view.setting(NAME)
+    made = Settings() if text is None else Settings.from_json(text)
+    found = made.changed(given)
+    if text is not None and found.index != made.index:
+        raise InputError(f"this memory was made with index={made.index!r}, which cannot be changed")
+    if isinstance(opened, Store) and (text is None or found != made):
+        with opened.transaction() as change:
+            change.set(NAME, found.to_json())
+    return found
