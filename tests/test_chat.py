@@ -4,6 +4,7 @@ import pytest
 
 from optmem import paginate
 from optmem.errors import InputError
+from optmem.pages.chat import is_label, label
 
 OPENAI = [
     {"role": "system", "content": "Be brief."},
@@ -142,3 +143,13 @@ def test_documents_are_named_and_their_bytes_not_drawn():
     source = {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}
     part = {"type": "document", "title": "a]b.pdf", "source": source}
     assert text_of([{"role": "user", "content": [part]}]) == "[user]\n[document, not drawn on this page | a\\x5db.pdf]\n"
+
+
+@pytest.mark.parametrize(
+    "words", [("user",), ("tool", "a|b", "call_7"), ("image, not drawn on this page", "3fa85f64"), ("field", "x]\n[y")]
+)
+def test_what_is_a_label_is_known_as_one(words):
+    (run,) = label(*words).runs
+    assert is_label(run.text)
+    for other in (run.text[1:], run.text + "x", "see " + run.text, "[note]\n", "[users]", run.text * 2):
+        assert not is_label(other)

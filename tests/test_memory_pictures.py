@@ -5,12 +5,13 @@ import io
 
 import numpy as np
 import pytest
-from memory_histories import check_context, png_of, turn, with_picture
+from memory_histories import check_context, png_of, said, turn, with_picture
 from PIL import Image
 
 import optmem
 from optmem import Memory
 from optmem.memory.context import PageItem
+from optmem.memory.details import Details
 from optmem.pages import paginate
 
 
@@ -37,6 +38,36 @@ def test_pictures_are_pages_and_are_read(engine, tmp_path):
         assert "nano reads only pages that optmem draws" in hit.note
         assert memory.read(pictures[0].pages[0]).note == hit.note
         assert memory.recall("1,250.00", limit=1)[0].text == "total of 1,250.00 EUR"
+
+
+def test_what_optmem_wrote_itself_is_known(engine, tmp_path):
+    """The line that stands for a picture is no guess of nano's, which would misread its number."""
+    with Memory.open(tmp_path / "m", engine=engine, budget=400) as memory:
+        seen = with_picture(png_of("seen\n"))
+        seen["content"].append({"type": "text", "text": said(1, 200)})
+        memory.add([seen, *turn(1, 300), *turn(2, 300), *turn(3, 300)])
+        memory.context()
+        with memory._snapshot() as view:
+            (page,) = [page for page in view.pages() if page.number == 1]
+            assert page.tier != "text"
+            (line,) = [line.text for line in view.lines(1) if "not drawn" in line.text]
+        assert line in memory.read("p1").text
+        assert memory.read("p1").source == "ocr"
+        (hit,) = memory.recall("image not drawn on this page", limit=1)
+        assert (hit.text, hit.source, hit.confidence) == (line.rstrip("\n"), "verbatim", 1.0)
+
+
+def test_pictures_of_others_are_not_taken_to_be_read_as_pages_are(engine, tmp_path):
+    with Memory.open(tmp_path / "m", engine=engine, budget=2000) as memory:
+        memory.add([with_picture(png_of("seen\n")), *turn(1)])
+        memory.context()
+        with memory._snapshot() as view:
+            pages = {Details.of(page).kind: page for page in view.pages()}
+        nano, claude = memory._planner(""), memory._planner("claude")
+        own, foreign = (nano.choices(pages[kind], Details.of(pages[kind])) for kind in ("text", "picture"))
+        assert 0 < max(foreign.fidelity) < 0.2 < 0.9 < max(own.fidelity)
+        assert not foreign.is_measured
+        assert max(claude.choices(pages["picture"], Details.of(pages["picture"])).fidelity) > 0.9
 
 
 def test_odd_pictures(engine, tmp_path):

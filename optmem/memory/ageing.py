@@ -26,6 +26,7 @@ from optmem.memory.transaction import Transaction
 from optmem.memory.view import View
 
 SHOWN, SHEET, TOKENS = "shown", "sheet", "tokens"  # kinds of files
+FOREIGN = 0.1  # of a picture that came as one, what nano is taken to read of what it reads of its own pages: a guess, and not 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,8 @@ class Planner:
                 name_tokens=self.optics.count(handle_text(page.number, "")),
                 width=details.side or page.width,
             )
+            if details.kind == "picture" and not self.optics.reads_pictures:
+                found = replace(found, fidelity=tuple(share * FOREIGN for share in found.fidelity), is_measured=False)
             self._known[page.number] = found
         return found
 

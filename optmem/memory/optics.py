@@ -76,6 +76,11 @@ class Optics:
         return read_curve(engine.folder, str(read_json(engine.folder, FIDELITY, limit=1 << 24).get("model")))
 
     @property
+    def reads_pictures(self) -> bool:
+        """Whether the reader sees more than pages that optmem draws: nano does not."""
+        return bool(self.reader) or self.engine.model.config.family != "nano"
+
+    @property
     def sharp(self) -> int:
         """The number of the sharpest tier of pages, without their facts."""
         return self.ladder.sharp

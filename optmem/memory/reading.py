@@ -17,6 +17,7 @@ from optmem.memory.records import NewLine, Reading, StoredPage
 from optmem.memory.transaction import Transaction
 from optmem.memory.view import View
 from optmem.pages import read_symbols
+from optmem.pages.chat import is_label
 
 if TYPE_CHECKING:
     from optmem.engine import Completion, VisionTokens
@@ -96,6 +97,7 @@ class PageReader:
         A model that does not read by rows reads the whole page, and its lines are the rows.
         """
         known = [self._known(page, rows) for page, rows in wanted]
+        ours = self._labels(dict.fromkeys(page.number for page, _ in wanted)) if self._by_rows else {}
         unread = [number for number, readings in enumerate(known) if readings is None]
         tokens = self.tokens(dict.fromkeys(wanted[number][0].number for number in unread))
         for number in unread:
@@ -103,9 +105,24 @@ class PageReader:
             if page.number in tokens:
                 known[number] = self._read(page, rows, tokens[page.number])
         return [
-            None if readings is None else _said(readings, rows, by_rows=self._by_rows)
-            for readings, (_, rows) in zip(known, wanted, strict=True)
+            None if readings is None else _said(readings | ours.get(page.number, {}), rows, by_rows=self._by_rows)
+            for readings, (page, rows) in zip(known, wanted, strict=True)
         ]
+
+    def _labels(self, pages: Iterable[int]) -> dict[int, dict[int, Reading]]:
+        """What optmem itself wrote on pages, as far as their lines are kept: it is known, and need not be read."""
+        found: dict[int, dict[int, Reading]] = {}
+        with self._snapshot() as view:
+            for number in pages:
+                labels = [line for line in view.lines(number) if is_label(line.text)]
+                details = Details.of(view.page(number))
+                for line in labels:
+                    rows = details.line_at(line.row)
+                    texts = [line.text, *[""] * (len(rows) - 1)]
+                    found.setdefault(number, {}).update(
+                        (row, Reading(row, text, 1.0)) for row, text in zip(rows, texts, strict=True)
+                    )
+        return found
 
     def page(self, page: StoredPage) -> Said | None:
         """All rows of a page."""

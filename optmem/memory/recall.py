@@ -15,6 +15,7 @@ from optmem.memory.reading import PageReader, Said
 from optmem.memory.records import StoredPage
 from optmem.memory.settings import Settings
 from optmem.memory.view import View
+from optmem.pages.chat import is_label
 
 Source = Literal["ocr", "verbatim", "factsheet"]
 
@@ -54,7 +55,7 @@ def search_lines(view: View, query: str, limit: int, settings: Settings) -> list
         line = each.line
         key = line.page, line.row, line.first if line.page is None else 0
         if key not in found:
-            keeps = line.page is None or settings.archive or view.page(line.page).tier == "text"
+            keeps = line.page is None or settings.archive or is_label(line.text) or view.page(line.page).tier == "text"
             found[key] = Place(line.page, line.row, line.first, line.last, each.score, line.text if keeps else None)
     return list(found.values())[:limit]
 

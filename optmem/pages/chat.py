@@ -6,6 +6,7 @@ What a message says is drawn as text.  Who says it is a label, drawn white on bl
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -20,6 +21,10 @@ Message = Mapping[str, Any]
 _ESCAPED = str.maketrans({char: f"\\x{ord(char):02x}" for char in "[]|"})
 # Fields of a message that its label or its body says; every other field that says something is drawn by its name.
 _READ = {"role", "content", "name", "id", "tool_call_id", "timestamp", "created_at", "tool_calls"}
+_LABEL = re.compile(
+    r"\[(?:system|developer|user|assistant|tool|tool call|tool result|thinking|reasoning|field|part of type"
+    r"|(?:image|document), not drawn on this page)(?: \| [ -Z\\^-{}~]*)*\]\n?"
+)
 MAX_DEPTH = 32  # parts inside parts
 
 
@@ -27,6 +32,11 @@ def label(*words: object) -> Block:
     """A line of ours in brackets.  It holds printable ASCII only; anything else in a name is written as its escape."""
     said = (str(word).encode("unicode_escape").decode("ascii").translate(_ESCAPED) for word in words if word not in (None, ""))
     return Block("label", (Run(f"[{' | '.join(said)}]\n", None, Look.LABEL),))
+
+
+def is_label(line: str) -> bool:
+    """Whether a line is, word for word, one that `label` could have made of a message."""
+    return _LABEL.fullmatch(line) is not None
 
 
 def verbatim(text: str, source: str, kind: Literal["verbatim", "code"] = "verbatim") -> Block:
