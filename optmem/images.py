@@ -207,15 +207,27 @@ def _too_large(name: str) -> ImageError:
     return ImageError(f"{name} has more than {MAX_FILE_BYTES:,} bytes, the most that is read of one file")
 
 
+def check_file(data: bytes, name: str) -> None:
+    """Raises ImageError for bytes that do not begin as a picture or a PDF does.  Pixels are not read."""
+    if not data.startswith(PDF):
+        picture = _guarded(lambda: _reader_of(data, name)(io.BytesIO(data)), name, DAMAGED)
+        check_size(picture.height, picture.width, name)
+
+
 def _decode(data: bytes, name: str, max_pixels: int) -> Pixels:
-    if not data:
-        raise ImageError(f"{name} is empty: it has 0 bytes")
     if data.startswith(PDF):
         raise ImageError(f"{name} is a PDF: load_images gives its pages")
+    reader = _reader_of(data, name)
+    return _guarded(lambda: _from_picture(reader(io.BytesIO(data)), name, max_pixels), name, DAMAGED)
+
+
+def _reader_of(data: bytes, name: str) -> Callable[[BinaryIO], Picture]:
+    if not data:
+        raise ImageError(f"{name} is empty: it has 0 bytes")
     reader = _reader(data[:16])
     if reader is None:
         raise ImageError(f"{name} is not {FORMATS}; convert it to one of these")
-    return _guarded(lambda: _from_picture(reader(io.BytesIO(data)), name, max_pixels), name, DAMAGED)
+    return reader
 
 
 def _reader(head: bytes) -> Callable[[BinaryIO], Picture] | None:

@@ -36,9 +36,16 @@ def _read(source: str, role: str, kind: Kind | None) -> Iterator[Any]:
     if kind is None and suffix in PICTURES:
         yield {"role": role, "content": [_picture(source, suffix)]}
     elif kind == "messages" or (kind is None and (source == "-" or suffix in MESSAGES)):
-        yield from parse_messages(str(read_input(source, "text").source), source)
+        yield from parse_messages(_said(source), source)
     else:
-        yield {"role": role, "content": str(read_input(source, "text").source)}
+        yield {"role": role, "content": _said(source)}
+
+
+def _said(source: str) -> str:
+    text = str(read_input(source, "text").source)
+    if not text.strip("\ufeff \t\r\n"):
+        raise InputError(f"{source} is empty: there is nothing to add")
+    return text
 
 
 def parse_messages(text: str, name: str) -> list[Any]:

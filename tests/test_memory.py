@@ -1,6 +1,7 @@
 """The memory as an object: what it refuses, readers beside the writer, settings that stay, pins, awaited twins."""
 
 import asyncio
+import base64
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from memory_histories import history, key, said, turn
 
 import optmem
 from optmem import Memory
-from optmem.errors import InputError, PageCorrupted, StoreBusyError, StoreError
+from optmem.errors import ImageError, InputError, PageCorrupted, StoreBusyError, StoreError
 from optmem.memory.context import PageItem, TextItem
 from optmem.memory.policy import Policy
 
@@ -39,16 +40,28 @@ def test_odd_selectors_and_weights_are_refused(engine, tmp_path):
                 memory.weigh(1, weight)
 
 
+def attached(data, media_type="image/png"):
+    """A message with a file."""
+    source = {"type": "base64", "media_type": media_type, "data": base64.b64encode(data).decode()}
+    return {"role": "user", "content": [{"type": "image" if media_type.startswith("image") else "document", "source": source}]}
+
+
 def test_messages_that_cannot_be_kept_are_refused_whole(engine, tmp_path):
     with Memory.open(tmp_path / "m", engine=engine) as memory:
         for wrong in (
             "text",
             5,
             [{"role": "user"}],
+            [{"role": "user", "content": "good"}, {"role": "assistant", "content": None}],
+            [{"role": "user", "content": []}],
+            [{"role": "user", "content": "good"}, *(attached(data) for data in (b"", b"nothing", b"\x89PNG\r\n\x1a\nnothing"))],
+            attached(b"not a PDF", "application/pdf"),
+            attached(b" \n", "text/plain"),
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [attached(b"x")["content"][0]]}]},
             [{"role": "user", "content": "\ud800"}],
             [{"role": "user", "content": "good"}, {"role": "tool", "tool_call_id": "x", "content": "answers nothing"}],
         ):
-            with pytest.raises(InputError):
+            with pytest.raises((InputError, ImageError)):
                 memory.add(wrong)
         assert memory.stats().counts.messages == 0
         assert memory.add([]) == []

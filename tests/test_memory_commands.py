@@ -222,6 +222,16 @@ def test_a_budget_for_once_changes_nothing(run):
     assert json.loads(run("stats", "m", "--json")[1]) == before
 
 
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "blank.md", "none.png", "none.pdf"])
+def test_files_that_hold_nothing_are_refused(run, tmp_path, name):
+    (tmp_path / "good.txt").write_text("said")
+    (tmp_path / name).write_bytes(b" \n" if name == "blank.md" else b"nothing" if "none" in name else b"")
+    code, out, err = run("add", "m", "good.txt", name)
+    assert (code != 0, out) == (True, "")
+    assert "empty" in err or "is not PNG" in err
+    assert run("stats", "m")[0] != 0 or json.loads(run("stats", "m", "--json")[1])["counts"]["messages"] == 0
+
+
 def test_what_is_said_cannot_steer_a_terminal(run):
     hostile = "\x1b[2Jgone\x07\u202eback\x9b"
     assert clean(hostile) == "\\x1b[2Jgone\\x07\\u202eback\\x9b"

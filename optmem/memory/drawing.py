@@ -17,7 +17,7 @@ from optmem.memory.details import NEW, Details, handle
 from optmem.memory.factsheet import factsheet
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics, as_png
-from optmem.memory.parts import Attachment, Part, Result
+from optmem.memory.parts import Attachment, attachments_of
 from optmem.memory.policy import Policy
 from optmem.memory.records import NewLine, NewPage, StoredMessage
 from optmem.memory.settings import Settings, State
@@ -66,7 +66,7 @@ class Group:
     def attachments(self) -> list[tuple[int, Attachment]]:
         """Pictures and documents, with the number of their message."""
         pairs = zip(self.stored, self.messages, strict=True)
-        return [(each.seq, part) for each, message in pairs for part in _attachments(message.parts)]
+        return [(each.seq, part) for each, message in pairs for part in attachments_of(message.parts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,6 @@ class Tail:
     """What is not on pages, in order."""
 
     groups: tuple[Group, ...]
-
-
-def _attachments(parts: Iterable[Part]) -> Iterator[Attachment]:
-    for part in parts:
-        if isinstance(part, Attachment):
-            yield part
-        elif isinstance(part, Result):
-            yield from _attachments(part.parts)
 
 
 def read_groups(view: View, state: State, policy: Policy) -> Iterator[Group]:

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -91,6 +92,15 @@ class Other:
 
 
 Part = TextPart | Thinking | Attachment | Reference | Call | Result | Other
+
+
+def attachments_of(parts: Iterable[Part]) -> Iterator[Attachment]:
+    """Pictures and documents that came with them, those in results of tools too."""
+    for part in parts:
+        if isinstance(part, Attachment):
+            yield part
+        elif isinstance(part, Result):
+            yield from attachments_of(part.parts)
 
 
 def read_part(part: object, role: str, name: str, depth: int = 0) -> Part:
