@@ -53,6 +53,17 @@ def memory() -> None:
     """Keep a long history inside a budget of tokens: recent messages as text, older ones as pages, all of it read back on demand.
 
     PATH is the folder of a memory.  Messages are named by the numbers that `add` gives, pages as p12.
+
+    \b
+    The words of a policy, as `add --policy` takes them:
+      trigger         tokens shown above which pages are made smaller; null is the budget
+      keep            newest groups that stay as they are; null is as many as an eighth of what is above 512 tokens has place for
+      keep_share      of the trigger that a number of them may take
+      clear_at_least  tokens freed whenever anything changes: each change costs a prompt cache
+      exclude         tools whose calls and results stay text
+      exclude_roles   roles whose messages stay text: system and developer, unless said otherwise
+      half_life       groups after which a page counts half
+      facts           tokens of a page's factsheet, at most; 0 is none
     """
 
 
@@ -120,7 +131,11 @@ def _selected(names: Sequence[str]) -> list[int | str]:
     "--index", type=click.Choice(get_args(Index)), help="Of a new memory: optical keeps no text of pages.  [default: text]"
 )
 @click.option("--reader", metavar="NAME", help=f"Whose tokens the budget counts: {', '.join(READERS)}.  [default: the model's]")
-@click.option("--policy", metavar="JSON", help='Words of the policy: \'{"keep": 4, "exclude": ["web_search"]}\'.')
+@click.option(
+    "--policy",
+    metavar="JSON",
+    help='Words of the policy, as `optmem memory --help` tells them: \'{"keep": 4, "exclude": ["web_search"]}\'.',
+)
 @_model
 @_as_json
 def add(

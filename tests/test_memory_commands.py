@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import optmem
 from optmem.cli import cli, main
+from optmem.memory import Policy
 from optmem.memory_input import parse_messages
 from optmem.memory_output import clean
 
@@ -220,6 +222,13 @@ def test_a_budget_for_once_changes_nothing(run):
     before = json.loads(run("stats", "m", "--json")[1])
     assert json.loads(run("context", "m", "--budget", "900", "--json")[1])["tokens"] <= 900
     assert json.loads(run("stats", "m", "--json")[1]) == before
+
+
+def test_the_words_of_a_policy_are_described_where_one_looks(run):
+    _, told, _ = run("--help")
+    for word in (each.name for each in fields(Policy)):
+        assert re.search(rf"^ +{word} +\w", told, re.MULTILINE), word
+        assert re.search(rf"^ +{word}   +\w", Policy.__doc__, re.MULTILINE), word
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "blank.md", "none.png", "none.pdf"])

@@ -32,6 +32,18 @@ def test_public_names():
     assert all(hasattr(optmem, name) for name in optmem.__all__)
 
 
+def test_names_of_memories():
+    """What its functions take and give can be imported from one place, and brings no torch before it is asked for."""
+    from optmem import memory
+
+    assert set(memory.__all__) == {"Context", "Hit", "Memory", "Policy", "Receipt"} <= set(dir(memory))
+    assert all(getattr(memory, name).__name__ == name for name in memory.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = memory.nonsense
+    program = "import sys, optmem.memory.store; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def layer_of(module: str) -> int | None:
     head = module.split(".")[1] if "." in module else module
     return next((i for i, layer in enumerate(LAYERS) if head in layer), None)

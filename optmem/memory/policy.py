@@ -16,20 +16,27 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Policy:
     """How a memory ages.  The default ages when the budget is full, and keeps the newest messages and all instructions as text.
 
-    keep   the newest groups that stay as they are, text as long as they are text; a tool call and its results are one group.
-           None: as many as there is place for in an eighth of what the trigger has above 512 tokens, so that a small budget goes to
-           pages, which hold more for the same tokens.  A number: so many, in up to `keep_share` of the trigger, as a strong reader
-           of text may want it.  What it leaves is given out by what each token gains.
+    trigger          tokens shown above which pages are made smaller; None is the budget
+    keep             the newest groups that stay as they are, text as long as they are text; a tool call and its results are one
+                     group.  None: as many as there is place for in an eighth of what the trigger has above 512 tokens, so that a
+                     small budget goes to pages, which hold more for the same tokens.  A number: so many, in up to `keep_share` of
+                     the trigger, as a strong reader of text may want it.  What it leaves is given out by what each token gains
+    keep_share       of the trigger that a number of them may take; beyond it the older of them age too
+    clear_at_least   tokens freed whenever anything changes, up to half of the trigger: each change costs a prompt cache
+    exclude          tools whose calls and results stay text
+    exclude_roles    roles whose messages stay text: instructions are not left to optics
+    half_life        groups after which a page counts half
+    facts            tokens of a page's factsheet, at most; 0 is none
     """
 
-    trigger: int | None = None  # tokens shown above which pages are made smaller; None is the budget
-    keep: int | None = None  # newest groups that stay as they are
-    keep_share: float = 0.75  # of the trigger that a number of them may take; beyond it the older of them age too
-    clear_at_least: int = 0  # tokens freed whenever anything changes, up to half of the trigger: each change costs a prompt cache
-    exclude: tuple[str, ...] = ()  # tools whose calls and results stay text
-    exclude_roles: tuple[str, ...] = ("system", "developer")  # whose messages stay text: instructions are not left to optics
-    half_life: int = 32  # groups after which a page counts half
-    facts: int = 64  # tokens of a page's factsheet, at most
+    trigger: int | None = None
+    keep: int | None = None
+    keep_share: float = 0.75
+    clear_at_least: int = 0
+    exclude: tuple[str, ...] = ()
+    exclude_roles: tuple[str, ...] = ("system", "developer")
+    half_life: int = 32
+    facts: int = 64
 
     def __post_init__(self) -> None:
         for name, least in (("clear_at_least", 0), ("half_life", 1), ("facts", 0)):
