@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -28,6 +28,24 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
             yield held
             held = following
         yield held
+
+
+class Watch(Protocol):
+    """Shows how far something long is."""
+
+    def __call__(self, items: Iterable[T], what: str, *, unit: str = "page", total: int | None = None) -> Iterable[T]:
+        """The items, as they are.
+
+        what    is done with them
+        unit    what one of them is
+        total   how many there are, where `items` does not know
+        """
+
+
+def unwatched(items: Iterable[T], what: str, *, unit: str = "page", total: int | None = None) -> Iterable[T]:
+    """The items: nobody watches."""
+    del what, unit, total
+    return items
 
 
 def watched(items: Iterable[T], what: str, *, unit: str = "page", total: int | None = None) -> Iterator[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -90,9 +91,18 @@ def _engine(model: str, device: str, dtype: str) -> Engine | None:
     return Engine.from_pretrained(model, device=device, dtype=dtype)
 
 
-def _opened(path: str, engine: Engine | None = None, *, read_only: bool = False) -> Memory:
-    """A memory that is there."""
-    return Memory.open(path, engine, mode="read" if read_only else "write", create=False)
+def _opened(path: str, engine: Engine | None = None, *, read_only: bool | None = None) -> Memory:
+    """A memory that is there.
+
+    read_only   whether that was asked for; None is a command that cannot be
+    """
+    try:
+        return Memory.open(path, engine, mode="read" if read_only else "write", create=False, watch=watched)
+    except OutputError as error:
+        if read_only or os.access(path, os.W_OK):
+            raise
+        hint = "give --read-only" if read_only is False else "this command needs one that can be written: copy it to such a place"
+        raise OutputError(f"{error}; where the memory's folder is read-only, {hint}") from None
 
 
 def _selected(names: Sequence[str]) -> list[int | str]:
@@ -269,7 +279,7 @@ def age(path: str, budget: int | None, model: str, device: str, dtype: str, as_j
 @memory.command()
 @_path
 @click.argument("query")
-@click.option("--limit", type=int, default=3, show_default=True, help="Lines, at most.")
+@click.option("--limit", type=click.IntRange(1), default=3, show_default=True, help="Lines, at most.")
 @click.option("--min-confidence", type=float, help="Where a page says it less surely, its facts are given.")
 @_read_only
 @_model
@@ -308,13 +318,15 @@ def recall(
 @_model
 @_as_json
 def read(path: str, pages: Sequence[str], read_only: bool, model: str, device: str, dtype: str, as_json: bool) -> None:
-    """Read whole PAGES of the memory at PATH, as contexts and hits name them: p12."""
+    """Read whole PAGES of the memory at PATH, as contexts and hits name them: p12.  Of several, each stands under its name."""
     with _opened(path, _engine(model, device, dtype), read_only=read_only) as opened:
         hits = [opened.read(page) for page in watched(pages, "reading")]
     if as_json:
         print_json([describe_hit(hit) for hit in hits])
         return
-    for hit in hits:
+    for page, hit in zip(pages, hits, strict=True):
+        if len(hits) > 1:
+            click.echo(f"-- {clean(page)}")
         text = clean(hit.text) if sys.stdout.isatty() else hit.text  # a file or a pipe gets it as it is
         click.echo(text, nl=not text.endswith("\n"), color=True)
 
@@ -410,7 +422,7 @@ def export(path: str, file: Path, as_json: bool) -> None:
 @_as_json
 def import_(path: str, file: Path, as_json: bool) -> None:
     """Make a new memory at PATH of FILE, as `optmem memory export` wrote it.  Nothing in it is trusted."""
-    with Memory.import_(file, path) as opened:
+    with Memory.import_(file, path, watch=watched) as opened:
         found = opened.stats()
     print_json(found.to_json()) if as_json else click.echo(show_stats(found))
 

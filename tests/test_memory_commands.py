@@ -5,9 +5,12 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -222,6 +225,53 @@ def test_a_budget_for_once_changes_nothing(run):
     before = json.loads(run("stats", "m", "--json")[1])
     assert json.loads(run("context", "m", "--budget", "900", "--json")[1])["tokens"] <= 900
     assert json.loads(run("stats", "m", "--json")[1]) == before
+
+
+READ_ONLY = """
+import os, sys
+import optmem.engine
+from optmem.cli import main
+folder = sys.argv[1]
+for name in (os.path.join(folder, name) for name in os.listdir(folder)):
+    os.chmod(name, 0o555 if os.path.isdir(name) else 0o444)
+os.chmod(folder, 0o555)
+if os.getuid() == 0:
+    os.setuid(65534)  # whom the modes bind
+for arguments in (["recall", folder, "swordfish"], ["recall", folder, "swordfish", "--read-only"], ["verify", folder]):
+    try:
+        main(["memory", *arguments])
+    except SystemExit as leaving:
+        print(leaving.code, flush=True)
+"""
+
+
+def test_a_folder_that_is_read_only_is_read(run):
+    folder = tempfile.mkdtemp(prefix="optmem-test-")  # pytest's own folders let nobody else in
+    Path(folder).chmod(0o755)
+    try:
+        run("add", f"{folder}/m", "-", stdin=as_lines([{"role": "user", "content": "the key is swordfish"}]))
+        done = subprocess.run([sys.executable, "-c", READ_ONLY, f"{folder}/m"], capture_output=True, text=True, check=True)
+    finally:
+        Path(folder, "m").chmod(0o755)
+        shutil.rmtree(folder)
+    assert done.stdout.splitlines()[:2] == ["73", "the key is swordfish"]
+    first, second = done.stderr.splitlines()
+    assert first.endswith("read-only, give --read-only")
+    assert second.endswith("copy it to such a place")
+
+
+def test_pages_that_are_read_stand_under_their_names(run):
+    run("add", "m", "-", stdin=as_lines(history(40)))
+    run("age", "m")
+    one, two = (run("read", "m", page)[1] for page in ("p1", "p2"))
+    assert run("read", "m", "p1", "p2")[1] == f"-- p1\n{one}-- p2\n{two}"
+
+
+def test_a_limit_is_at_least_one(run):
+    run("add", "m", "-", stdin=as_lines(history(2)))
+    code, out, err = run("recall", "m", "key", "--limit", "0")
+    assert (code, out) == (2, "")
+    assert "0 is not in the range x>=1" in err
 
 
 def test_the_words_of_a_policy_are_described_where_one_looks(run):

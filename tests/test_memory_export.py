@@ -49,6 +49,31 @@ def test_export_and_import(exported, engine, tmp_path):
         Memory.import_(tmp_path / "nothing.tar", tmp_path / "other")
 
 
+def test_who_watches_sees_how_far_it_is(exported, engine, tmp_path):
+    """Every long step goes through the hook, and counts what it said it would."""
+    seen = {}
+
+    def watch(items, what, *, unit="page", total=None):
+        count = 0
+        for item in items:
+            count += 1
+            yield item
+        seen.setdefault(what, []).append((unit, count, total))
+
+    path, _ = exported
+    with Memory.import_(path, tmp_path / "copy", engine=engine, watch=watch) as copy:
+        copy.add([message for number in range(12) for message in turn(number)])
+        copy.context()
+        copy.export(tmp_path / "again.tar")
+    assert set(seen) == {"importing", "drawing", "ageing", "exporting"}
+    assert seen["importing"][0][1] > 10
+    (drawn,) = seen["drawing"]
+    assert drawn[0] == "message"
+    assert 0 < drawn[1] <= drawn[2]
+    (exporting,) = seen["exporting"]
+    assert exporting[1] == exporting[2] > 0
+
+
 def tamper(source, target, change):
     """A copy of an archive whose members went through `change`: name, content -> what is there instead."""
     import tarfile

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from optmem.errors import InputError, PageCorrupted
 from optmem.images import Pixels
+from optmem.items import Watch, unwatched
 from optmem.memory.allocation import Allocation, Candidate, allocate
 from optmem.memory.details import Details, handle
 from optmem.memory.drawing import PIXELS, Group, handle_text, rows_of
@@ -276,11 +277,11 @@ def _mixed(units: Sequence[Unit], tiers: Sequence[int], barred: set[int]) -> set
 # --- the store ----------------------------------------------------------------------------------------------------------------
 
 
-def apply(change: Transaction, plan: Plan, optics: Optics, settings: Settings) -> list[str]:
+def apply(change: Transaction, plan: Plan, optics: Optics, settings: Settings, watch: Watch = unwatched) -> list[str]:
     """Makes a plan what is; notes of pages whose pixels are damaged."""
     notes: list[str] = []
     left_text: dict[int, None] = {}
-    for unit, choices in zip(plan.units, plan.choices, strict=True):
+    for unit, choices in watch(list(zip(plan.units, plan.choices, strict=True)), "ageing"):
         if unit.page is None or unit.details is None:
             continue
         name = optics.ladder.tiers[unit.tier].name

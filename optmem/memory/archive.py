@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from optmem.errors import InputError, OutputError, SourceNotFoundError
+from optmem.items import Watch, unwatched
 from optmem.memory.blobs import BlobDamaged, blob_name
 from optmem.memory.details import Details
 from optmem.memory.settings import NAME, STATE, Settings, State
@@ -42,7 +43,7 @@ class Exported:
     damaged: tuple[int, ...]  # numbers of pages that have lost a file: it is left out
 
 
-def export(view: View, path: str | os.PathLike[str]) -> Exported:
+def export(view: View, path: str | os.PathLike[str], watch: Watch = unwatched) -> Exported:
     """Writes what a view sees.  Raises OutputError."""
     target = Path(path)
     counts: dict[str, int] = {}
@@ -53,7 +54,7 @@ def export(view: View, path: str | os.PathLike[str]) -> Exported:
     try:
         with os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                lost = _blobs(view, tar)
+                lost = _blobs(view, tar, watch)
                 for table in TABLES:
                     sums[table], counts[table] = _table(view, tar, table, lost)
                 manifest = {"format": FORMAT, "tables": {table: [counts[table], sums[table]] for table in TABLES}}
@@ -75,11 +76,11 @@ def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def _blobs(view: View, tar: tarfile.TarFile) -> set[tuple[int, str]]:
+def _blobs(view: View, tar: tarfile.TarFile, watch: Watch) -> set[tuple[int, str]]:
     """Writes every file once; pages and kinds of those that are damaged."""
     written: set[str] = set()
     lost: set[tuple[int, str]] = set()
-    for page in view.pages():
+    for page in watch(view.pages(), "exporting", total=view.counts().pages):
         for blob in view.blobs(page.number):
             if blob.name in written:
                 continue
@@ -114,7 +115,7 @@ def _table(view: View, tar: tarfile.TarFile, table: str, lost: set[tuple[int, st
 # --- back ---------------------------------------------------------------------------------------------------------------------
 
 
-def restore(archive: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+def restore(archive: str | os.PathLike[str], path: str | os.PathLike[str], watch: Watch = unwatched) -> None:
     """Makes a new memory of a file.  Raises as `Memory.import_` tells."""
     target = Path(path)
     if target.exists():
@@ -127,7 +128,7 @@ def restore(archive: str | os.PathLike[str], path: str | os.PathLike[str]) -> No
         try:
             with Store.open(path) as store:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    _Restoring(store, tar).run()
+                    _Restoring(store, tar).run(watch)
                 report = store.verify()
             if not report.is_clean:
                 raise InputError(f"the archive does not hold a whole memory: {report.problems[0].kind}, {report.problems[0].what}")
@@ -148,10 +149,10 @@ class _Restoring:
         self.files: dict[str, int] = {}
         self.manifest: Any = None
 
-    def run(self) -> None:
+    def run(self, watch: Watch) -> None:
         """All of it in one transaction."""
         with self.store.transaction() as change:
-            for member in self.tar:
+            for member in watch(self.tar, "importing", unit="file"):
                 file = self._checked(member)
                 blob = _BLOB.fullmatch(member.name)
                 if blob is not None:

@@ -8,7 +8,7 @@ import torch
 
 from optmem.engine.sift import Sieve
 from optmem.errors import InputError
-from optmem.items import in_parts
+from optmem.items import Watch, in_parts, unwatched
 from optmem.memory.details import Details
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics
@@ -28,8 +28,8 @@ _MARKS = ".,;:!?\"'()[]{}<>"
 class Grep:
     """Looks into the pages of one memory."""
 
-    def __init__(self, optics: Optics, reader: PageReader) -> None:
-        self.optics, self.reader = optics, reader
+    def __init__(self, optics: Optics, reader: PageReader, watch: Watch = unwatched) -> None:
+        self.optics, self.reader, self.watch = optics, reader, watch
 
     def find(self, query: str, told: Sequence[tuple[int, Message]], pages: Sequence[StoredPage], limit: int) -> list[Place]:
         """The lines that hold most of the words of a query, the rarest words counting most.
@@ -53,7 +53,7 @@ class Grep:
 
     def _sift(self, sieve: Sieve, numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Page, row and word."""
-        for some in in_parts(numbers, AT_ONCE):
+        for some in in_parts(self.watch(numbers, "looking"), AT_ONCE):
             tokens = self.reader.tokens(some)
             sides: dict[int, list[int]] = {}
             for number, each in tokens.items():

@@ -20,6 +20,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard
 
 from optmem.errors import InputError, StoreError
+from optmem.items import Watch, unwatched
 from optmem.memory.adding import new_messages
 from optmem.memory.ageing import Plan, Planner, apply, check_budget
 from optmem.memory.aio import twin
@@ -55,14 +56,14 @@ Given = Mapping[str, Any] | Message
 class Memory:
     """An open memory, usable from any thread; one call at a time, the others wait."""
 
-    def __init__(self, opened: Store | Reader, settings: Settings, optics: Optics) -> None:
+    def __init__(self, opened: Store | Reader, settings: Settings, optics: Optics, watch: Watch = unwatched) -> None:
         """Use `open`."""
-        self._opened, self.settings, self.optics = opened, settings, optics
+        self._opened, self.settings, self.optics, self._watch = opened, settings, optics, watch
         self._store = opened if isinstance(opened, Store) else None
         self._turn = threading.RLock()
         self._planners: dict[str, Planner] = {}  # for each reader whose tokens were asked for
         self._reader = PageReader(optics, self._snapshot, None if self._store is None else self._store.transaction)
-        self._grep = Grep(optics, self._reader)
+        self._grep = Grep(optics, self._reader, watch)
         # For budgets and readers other than the memory's: the tier of each page when last shown.
         self._shown: dict[tuple[int, str], dict[int, int]] = {}
         self._sketched: dict[tuple[int, str], Sketched] = {}
@@ -80,6 +81,7 @@ class Memory:
         keep_sharp: bool | None = None,
         reader: str | None = None,
         count: Callable[[str], int] | None = None,
+        watch: Watch = unwatched,
         mode: Literal["write", "read"] = "write",
         create: bool = True,
     ) -> Memory:
@@ -94,6 +96,7 @@ class Memory:
         keep_sharp   keep the sharpest pixels of a page on disk however small it is shown; False lets them age too
         reader       whose tokens the budget counts: a provider or one of `pricing.READERS`; "" is the engine
         count        tokens of a text for the model that is to read it; None as `Optics` has it
+        watch        shows how far drawing, ageing, a look over many pages and an export are, as `optmem.items.watched` does
         mode         "read" is for processes beside the one that writes: nothing is changed, cached or counted
         create       False refuses where there is no memory
 
@@ -116,7 +119,7 @@ class Memory:
         opened = Reader.open(path) if mode == "read" else Store.open(path, create=create)
         try:
             settings = kept_settings(opened, given)
-            return cls(opened, settings, Optics(engine, count, settings.reader))
+            return cls(opened, settings, Optics(engine, count, settings.reader), watch)
         except BaseException:
             opened.close()
             raise
@@ -200,7 +203,7 @@ class Memory:
             return plan, []
         with self._writing() as change:
             change.set(STATE, after.to_json())
-            notes = apply(change, plan, self.optics, self.settings)
+            notes = apply(change, plan, self.optics, self.settings, self._watch)
             if plan.allocation.receipt.changes:
                 change.add_receipt(json.dumps(plan.allocation.receipt.to_json()), clock.time())
         self._changed(changed)
@@ -244,18 +247,21 @@ class Memory:
         """Puts what fills pages on pages; what could not be drawn."""
         with self._snapshot() as view:
             state = State.of(view)
-            if view.last_seq() == state.drawn:
-                return []
-        return self._draw_runs()
-
-    def _draw_runs(self) -> list[str]:
-        """Some runs at a time: a history that was never drawn may be larger than memory."""
-        rows = rows_of(self.optics.ladder.size, self.optics.ladder.cell)
+            waiting = view.last_seq() - state.drawn
         notes: list[str] = []
+        if waiting:
+            for _ in self._watch(self._draw_runs(notes), "drawing", unit="message", total=waiting):
+                pass
+        return notes
+
+    def _draw_runs(self, notes: list[str]) -> Iterator[int]:
+        """Numbers of messages that are drawn, some runs at a time: a history that was never drawn may be larger than memory."""
+        rows = rows_of(self.optics.ladder.size, self.optics.ladder.cell)
         is_last = False
         while not is_last:
             with self._snapshot() as view:
                 state = State.of(view)
+                before = state.drawn
                 groups = read_groups(view, state, self.settings.policy)
                 found = list(islice(cut(groups, rows), AT_ONCE + 1))
             is_last = len(found) <= AT_ONCE
@@ -270,7 +276,7 @@ class Memory:
                     count = keep_runs(change, drawn, self.optics)
                     change.set(STATE, replace(state, sketch=state.sketch[count:]).to_json())
                 self._sketched = {each: replace(one, tiers=one.tiers[count:]) for each, one in self._sketched.items()}
-        return notes
+            yield from range(before, state.drawn)
 
     def _encode(self, png: bytes) -> VisionTokens:
         return self.optics.tokens([from_png(png)])[0]
@@ -425,7 +431,7 @@ class Memory:
         Raises OutputError where it cannot be written, or is there already.
         """
         with self._turn, self._snapshot() as view:
-            return export(view, path)
+            return export(view, path, self._watch)
 
     @classmethod
     def import_(cls, archive: str | os.PathLike[str], path: str | os.PathLike[str], **asked: Any) -> Memory:
@@ -436,7 +442,7 @@ class Memory:
 
         Raises SourceNotFoundError, InputError for what is no such file, OutputError where the new folder is there already.
         """
-        restore(archive, path)
+        restore(archive, path, asked.get("watch", unwatched))
         return cls.open(path, **asked)
 
     def stats(self) -> Stats:
