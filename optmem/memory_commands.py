@@ -281,6 +281,7 @@ def age(path: str, budget: int | None, model: str, device: str, dtype: str, as_j
 @click.argument("query")
 @click.option("--limit", type=click.IntRange(1), default=3, show_default=True, help="Lines, at most.")
 @click.option("--min-confidence", type=float, help="Where a page says it less surely, its facts are given.")
+@click.option("--min-fit", type=float, help="Share of the question's words that must stand in a line, rare ones counting most.")
 @_read_only
 @_model
 @_as_json
@@ -289,6 +290,7 @@ def recall(
     query: str,
     limit: int,
     min_confidence: float | None,
+    min_fit: float | None,
     read_only: bool,
     model: str,
     device: str,
@@ -297,10 +299,11 @@ def recall(
 ) -> None:
     """Find the lines of the memory at PATH that answer QUERY, and read them.
 
-    Each comes with where it stands, what it was read from and how sure that is.  Where nothing is found the exit code is 1.
+    Each comes with where it stands, what it was read from, how sure that is, and how well it fits the question: what was never
+    told has lines that fit badly, which --min-fit 0.5 leaves out.  Where nothing is found the exit code is 1.
     """
     with _opened(path, _engine(model, device, dtype), read_only=read_only) as opened:
-        hits = opened.recall(query, limit, min_confidence)
+        hits = opened.recall(query, limit, min_confidence, min_fit)
     if as_json:
         print_json([describe_hit(hit) for hit in hits])
     elif hits:

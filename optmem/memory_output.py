@@ -133,7 +133,8 @@ def show_hit(hit: Hit) -> str:
     rows = f"row {first}" if stop - first == 1 else f"rows {first} to {stop - 1}"
     where = f"{hit.page}, {rows}" if hit.page else rows.replace("row", "line")
     shown = ", ".join(map(str, hit.messages))
-    said = f"{where}, message {shown}, {hit.source}, confidence {hit.confidence:.3f}"
+    sure = "facts that were kept as text" if hit.source == "factsheet" else f"{hit.source}, confidence {hit.confidence:.3f}"
+    said = f"{where}, message {shown}, {sure}, fit {hit.fit:.2f}"
     if hit.source != "verbatim" and hit.fidelity is not None:
         said += f", {hit.fidelity:.1%} of such lines are exact"
     return "\n".join([clean(hit.text), *(f"  {each}" for each in _beside(hit, said))])

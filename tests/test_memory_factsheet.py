@@ -1,5 +1,6 @@
 """Facts: what optics reads badly is found, ranked and kept within its budget, in linear time on any text."""
 
+import re
 import time
 
 import pytest
@@ -37,11 +38,32 @@ def found(text):
         ("see `/etc/hosts` and `9f86d081884c7d65`", [("path", "/etc/hosts"), ("hash", "9f86d081884c7d65")]),
         ("he said it and/or she did, 3 times, deadbeef effaced the facade", []),
         ("don't and won't quote", []),
+        ("ticket KX-000003, JIRA-4711 and INV_2024_17", [("key", "KX-000003"), ("key", "JIRA-4711"), ("key", "INV_2024_17")]),
+        ("part PQ12345 of foo-1.2.3", [("key", "PQ12345"), ("key", "foo-1.2.3")]),
+        ("order-1234567 and x-9f86d081884c7d65", [("key", "order-1234567"), ("key", "x-9f86d081884c7d65")]),
+        ("utf-8, covid-19, sha256, int32, x86, 12-bit, top-10, 2nd, 10000x and a 3D-print", []),
+        ("it took 500ms, -40 °C, 10000-20000 rows, in 2024-2025", [
+            ("number", "500ms"), ("number", "-40 °C"), ("number", "10000-20000 rows"), ("number", "2024-2025")]),
         ("", []),
     ],
 )  # fmt: skip
 def test_kinds(text, facts):
     assert found(text) == facts
+
+
+def test_rows_of_sizes_come_last():
+    sizes = [f"{n}000 {n}500 {n}700 {n}900\n" for n in range(3, 9)]
+    rows = ["1024 2048 4096 8192 16384\n", *sizes, "it holds 31415 tokens\n"]
+    assert [fact.text for fact in factsheet(rows, 12).facts] == ["31415 tokens"]
+    assert len(factsheet(rows, 64).facts) > 5, "where there is place they are facts too"
+
+
+@given(st.text(st.sampled_from("KX09-_.,:/ \nxyz"), max_size=80))
+def test_no_fact_is_cut_out_of_a_name(text):
+    for fact in find_facts(text.splitlines(keepends=True)):
+        if fact.kind in ("key", "number", "hash"):
+            whole = re.escape(fact.text)
+            assert re.search(rf"(?<![A-Za-z0-9]){whole}(?![A-Za-z0-9])", text), (fact, text)
 
 
 def test_a_fact_stands_once_with_its_first_row():

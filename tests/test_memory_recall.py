@@ -47,6 +47,24 @@ def test_recall_by_the_key_itself(kept):
     assert "host 2 " in hit.text
 
 
+def test_a_hit_says_how_well_it_fits(kept):
+    """A line that shares common words alone fits badly, says what is missing, and can be left out; one that answers fits."""
+    _, memory = kept
+    (right,) = memory.recall("what is the key of host 3?", limit=1)
+    assert right.fit == 1.0
+    assert "few of the words" not in right.note
+    wrong = memory.recall("what is the passphrase of the zebra vault, file 3?", limit=3)
+    assert wrong, "it shares words"
+    for hit in wrong:
+        assert hit.fit < 0.5
+        assert "few of the words asked for stand here: not" in hit.note
+        assert "zebra" in hit.note
+    assert memory.recall("what is the passphrase of the zebra vault, file 3?", limit=3, min_fit=0.5) == []
+    assert memory.recall("what is the key of host 3?", limit=1, min_fit=0.5) == [right]
+    with pytest.raises(InputError, match="min_fit is from 0 to 1"):
+        memory.recall("key", min_fit=2)
+
+
 def test_what_was_never_said_is_not_found(kept):
     _, memory = kept
     assert memory.recall("zebra quokka wombat") == []
@@ -98,6 +116,7 @@ def test_facts_where_the_reading_is_less_sure(engine, tmp_path):
         assert hit.source == "factsheet"
         assert key(1) in hit.facts
         assert "/srv/app/1.cfg" in hit.text
+        assert hit.note.startswith("the line itself was read with")
         assert "less sure" in hit.note
         (plain,) = memory.recall("Turn " + said(1), limit=1, min_confidence=0.9999999)
         assert plain.source == "ocr"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,6 +26,8 @@ _UNITS = (
 )
 _MONTHS = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}"
 _TIME = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d{1,9})?)?(?:Z|[+-]\d{2}:?\d{2})?"
+_DIGITS = r"\d{1,30}(?:[.,]\d{1,30}){0,10}"
+_NUMBER = rf"(?<![\w.,-])[-+±]?{_DIGITS}(?:[-–]{_DIGITS})?(?:[eE][-+]?\d{{1,3}})?(?: ?(?:{_UNITS})(?!\w))?(?!\w)"
 # In the order in which they are tried at one place: what says more comes first.
 _PATTERNS: dict[str, str] = {
     "url": r"(?<![A-Za-z])(?:https?|ftp|file|s3|git|ssh|wss?|postgres(?:ql)?|redis)://[^\s<>\"'`]{1,2000}",
@@ -39,18 +42,21 @@ _PATTERNS: dict[str, str] = {
         r"(?<![\w.])(?:[vV]\d{1,6}(?:\.\d{1,6}){0,4}|\d{1,6}(?:\.\d{1,6}){2,4})"
         r"(?:[-+.]?(?:rc|alpha|beta|a|b|dev|post)\.?\d{0,6})?(?!\w)"
     ),
-    "hash": r"(?<![\w])(?:0x|sha256:|sha1:|md5:)?[0-9a-fA-F]{7,128}(?![\w-])",
+    "hash": r"(?<![\w-])(?:0x|sha256:|sha1:|md5:)?[0-9a-fA-F]{7,128}(?![\w-])",
     "path": (
         r"(?<![\w./\\~@+-])(?:~|\.{1,2})?/[\w.@+-]{1,128}(?:/[\w.@+-]{1,128}){0,40}/?"
         r"|(?<![\w\\])[A-Za-z]:\\[\w.@+ -]{1,128}(?:\\[\w.@+-]{1,128}){0,40}"
         r"|(?<![\w./\\@+-])[\w.@+-]{1,128}(?:/[\w.@+-]{1,128}){1,40}"
     ),
-    "key": r"(?<![\w-])[A-Za-z0-9][\w-]{11,255}(?![\w-])",
-    "number": rf"(?<![\w.,])[-+±]?\d{{1,30}}(?:[.,]\d{{1,30}}){{0,10}}(?:[eE][-+]?\d{{1,3}})?(?: ?(?:{_UNITS})(?!\w))?",
+    # All that hangs together, so that no number is cut out of a name; a name it is only where `_says` has it so.
+    "key": r"(?<![\w.-])(?=[\d_-]{0,64}[A-Za-z])[A-Za-z0-9][\w-]{3,255}(?:\.\d[\w-]{0,64}){0,8}(?![\w-])",
+    "number": _NUMBER,
     "quoted": r"(?<!\w)(?P<mark>[`\"'])(?P<inside>[^\s`\"']{2,80})(?P=mark)",
 }
+_WITH_UNIT = re.compile(_NUMBER)
 _ANY = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _PATTERNS.items()))
 FACTS: tuple[Kind, ...] = ("hash", "uuid", "key", "address", "email", "url", "number", "version", "path", "date", "quoted")
+MANY_NUMBERS = 4  # on one row
 _TRIM = ".,;:!?)]}"  # what a sentence puts behind an address
 
 
@@ -89,7 +95,7 @@ def factsheet(page: str | Sequence[str], budget: int = 64, *, count: Callable[[s
         raise InputError(f"the budget of a factsheet is a whole number of tokens, at least 0, got {budget!r}")
     rows = page.splitlines(keepends=True) if isinstance(page, str) else list(page)
     found = find_facts(rows)
-    kept = _within(sorted(found, key=_rank), budget, count)
+    kept = _within(_ranked(found), budget, count)
     shown = tuple(fact for fact in found if fact in kept)
     length = sum(map(len, rows))
     share = min(sum(len(fact.text) for fact in shown) / length, 1.0) if length else 0.0
@@ -122,7 +128,7 @@ def _named(match: re.Match[str]) -> tuple[str, Kind] | None:
     if kind == "path" and not _is_path(text):
         return None
     if kind in ("hash", "key") and not _says(text, kind):
-        kind = "number" if text.isdecimal() else None
+        kind = "number" if _WITH_UNIT.fullmatch(text) else None
     if kind == "number" and not _is_number(text):
         return None
     return None if kind is None else (text, kind)  # type: ignore[return-value]
@@ -133,13 +139,14 @@ def _kind_of(match: re.Match[str]) -> str | None:
 
 
 def _says(text: str, kind: str) -> bool:
-    """Whether this can be no word: a hash has letters and digits, a key several of both, or digits between letters."""
+    """Whether this can be no word: a hash has letters and digits, a key several of both, or three digits behind - or _."""
     digits = sum(char.isdecimal() for char in text)
     letters = sum(char.isalpha() for char in text)
     if kind == "hash":
         return text.startswith(("0x", "sha", "md5")) or (digits >= 2 and letters >= 1) or (len(text) >= 24 and digits >= 1)
     if kind == "key":
-        return digits >= 3 and letters >= 2
+        is_parted = text[0].isalpha() and ("-" in text or "_" in text)
+        return digits >= 3 and letters >= (1 if is_parted else 2) and (len(text) >= 12 or is_parted or digits >= 4)
     return True
 
 
@@ -152,6 +159,12 @@ def _is_number(text: str) -> bool:
     """A unit, a fraction, a sign of four digits or more; the small numbers of prose are none."""
     digits = sum(char.isdecimal() for char in text)
     return digits >= 4 or (digits >= 2 and ("." in text or "," in text)) or not text[-1].isdecimal()
+
+
+def _ranked(found: Sequence[Fact]) -> list[Fact]:
+    """The best first.  A row of many numbers is one of a table, such as of sizes: those come last."""
+    numbers = Counter(fact.row for fact in found if fact.kind == "number")
+    return sorted(found, key=lambda fact: (fact.kind == "number" and numbers[fact.row] >= MANY_NUMBERS, _rank(fact)))
 
 
 def _rank(fact: Fact) -> tuple[int, int, int, str]:

@@ -31,7 +31,9 @@ class Grep:
     def __init__(self, optics: Optics, reader: PageReader, watch: Watch = unwatched) -> None:
         self.optics, self.reader, self.watch = optics, reader, watch
 
-    def find(self, query: str, told: Sequence[tuple[int, Message]], pages: Sequence[StoredPage], limit: int) -> list[Place]:
+    def find(
+        self, query: str, told: Sequence[tuple[int, Message]], pages: Sequence[StoredPage], limit: int, min_fit: float = 0.0
+    ) -> list[Place]:
         """The lines that hold most of the words of a query, the rarest words counting most.
 
         told    messages that there is text of
@@ -49,7 +51,7 @@ class Grep:
             for (number, row), held in lines.items():
                 page = by_number[number]
                 found.append((Place(number, row, page.first, page.last, 0.0), frozenset(held)))
-        return rank(found, limit)
+        return rank(found, limit, asked, min_fit)
 
     def _sift(self, sieve: Sieve, numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Page, row and word."""

@@ -36,7 +36,7 @@ from optmem.memory.optics import Optics, from_png
 from optmem.memory.policy import Policy
 from optmem.memory.pricing import reader_name
 from optmem.memory.reading import PageReader
-from optmem.memory.recall import Answers, Hit, check_query, search_lines
+from optmem.memory.recall import Answers, Hit, Place, check_query, search_lines
 from optmem.memory.receipt import Receipt
 from optmem.memory.records import StoredPage, check_number
 from optmem.memory.selecting import Selector, find_page, select
@@ -283,38 +283,40 @@ class Memory:
 
     # Reading back
 
-    def recall(self, query: str, limit: int = 3, min_confidence: float | None = None) -> list[Hit]:
+    def recall(self, query: str, limit: int = 3, min_confidence: float | None = None, min_fit: float | None = None) -> list[Hit]:
         """The lines that answer best, each with where it stands, how sure it is and what it was read from.
 
         min_confidence   where a page says less surely what was asked for, its facts are given instead; where there are none, the
                          hit says so in its note
+        min_fit          share of the question's words that must stand in a line, the rarest counting most (`Hit.fit`): with 0.5
+                         hardly anything answers what was never told.  None gives all, and hits below say so in their note
 
         What is read is kept, and counts for the importance of its page.
         """
-        check_query(query, limit, min_confidence)
+        check_query(query, limit, min_confidence, min_fit)
         with self._turn:
             if not limit:
                 return []
             if self.settings.index == "text":
                 self._index_pictures()
                 with self._snapshot() as view:
-                    places = search_lines(view, query, limit, self.settings)
+                    places = search_lines(view, query, limit, self.settings, min_fit or 0.0)
             else:
-                places = self._glance(query, limit)
+                places = self._glance(query, limit, min_fit or 0.0)
             with self._snapshot() as view:
                 pages = {place.page: view.page(place.page) for place in places if place.page is not None}
             hits = Answers(self.optics, self._reader, self.settings).hits(places, pages, min_confidence)
             self._count(pages.values())
             return hits
 
-    def _glance(self, query: str, limit: int) -> list[Any]:
+    def _glance(self, query: str, limit: int, min_fit: float) -> list[Place]:
         if self._store is not None:
             self._draw()
         with self._snapshot() as view:
             state = State.of(view)
             told = [(each.seq, Message.from_json(each.content or "")) for each in with_text(view, state)]
             pages = [page for page in view.pages() if page.tier != "text"]
-        return self._grep.find(query, told, pages, limit)
+        return self._grep.find(query, told, pages, limit, min_fit)
 
     def _index_pictures(self) -> None:
         """Reads the pages that came as pictures, and puts their lines into the index."""

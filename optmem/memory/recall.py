@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from optmem.errors import InputError, PageCorrupted
 from optmem.memory.details import Details, handle, side_of
+from optmem.memory.fit import fit, note, plain, stands_in, worths
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics
 from optmem.memory.reading import PageReader, Said
 from optmem.memory.records import StoredPage
 from optmem.memory.settings import Settings
 from optmem.memory.view import View
+from optmem.memory.words import words
 from optmem.pages.chat import is_label
 
 Source = Literal["ocr", "verbatim", "factsheet"]
@@ -34,6 +36,7 @@ class Hit:
     facts: tuple[str, ...] = ()  # of these rows, exact
     fidelity: float | None = 1.0  # share of lines read without an error at the size at which the page is kept; None of a picture
     note: str = ""  # what should be known of it, such as that it is less sure than was asked
+    fit: float = field(default=1.0, compare=False)  # share of the question's words that stand there, the rarest counting most
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +49,25 @@ class Place:
     last: int
     score: float
     text: str | None = field(default=None, repr=False)  # as it came, where that is kept
+    fit: float = 1.0  # as of a hit
+    note: str = ""  # where few of the words stand there
 
 
-def search_lines(view: View, query: str, limit: int, settings: Settings) -> list[Place]:
-    """By the lexical index, the best first, every line once."""
+def search_lines(view: View, query: str, limit: int, settings: Settings, min_fit: float = 0.0) -> list[Place]:
+    """By the lexical index, the best first, every line once, and none that fits less."""
     found: dict[tuple[int | None, int, int], Place] = {}
+    worth = worths(*view.often(words(query)))
+    asked = {word: plain(word) for word in worth}
     for each in view.search(query, limit * 3):
         line = each.line
         key = line.page, line.row, line.first if line.page is None else 0
-        if key not in found:
+        said = plain(line.text)
+        held = [word for word, sought in asked.items() if stands_in(sought, said)]
+        if key not in found and fit(worth, held) >= min_fit:
             keeps = line.page is None or settings.archive or is_label(line.text) or view.page(line.page).tier == "text"
-            found[key] = Place(line.page, line.row, line.first, line.last, each.score, line.text if keeps else None)
+            text = line.text if keeps else None
+            fits, few = fit(worth, held), note(worth, held)
+            found[key] = Place(line.page, line.row, line.first, line.last, each.score, text, fits, few)
     return list(found.values())[:limit]
 
 
@@ -77,11 +88,12 @@ class Answers:
         found = []
         for place in places:
             if place.text is not None or place.page is None:
-                found.append(self._verbatim(place, pages))
+                hit: Hit | None = self._verbatim(place, pages)
             else:
                 hit = self._read(place, pages[place.page], next(said), least)
-                if hit is not None:
-                    found.append(hit)
+            if hit is not None:
+                told = "; ".join(filter(None, (hit.note, place.note)))
+                found.append(replace(hit, fit=place.fit, note=told))
         return found
 
     def _verbatim(self, place: Place, pages: dict[int, StoredPage]) -> Hit:
@@ -104,7 +116,7 @@ class Answers:
         if said is None:
             if not facts:
                 return None
-            note = f"the picture of page {handle(page.number)} is damaged"
+            damage = f"the picture of page {handle(page.number)} is damaged"
             return Hit(
                 "  ".join(facts),
                 1.0,
@@ -115,18 +127,19 @@ class Answers:
                 place.score,
                 facts,
                 fidelity,
-                note,
+                damage,
             )
-        note = self._foreign(page)
+        told = self._foreign(page)
         if least is not None and min(said.confidence, 1.0 if fidelity is None else fidelity) < least:
             exact = "" if fidelity is None else f": at {side_of(page)} pixels {fidelity:.0%} of lines are read exactly"
-            note = f"read with {said.confidence:.3g}, less sure than the {least:g} asked for{exact}"
+            told = f"read with {said.confidence:.3g}, less sure than the {least:g} asked for{exact}"
             if facts:
+                told = f"the line itself was {told}; of its facts a text was kept"
                 where = (line.start, line.stop)
-                return Hit("  ".join(facts), 1.0, "factsheet", handle(page.number), where, seqs, place.score, facts, fidelity, note)
+                return Hit("  ".join(facts), 1.0, "factsheet", handle(page.number), where, seqs, place.score, facts, fidelity, told)
         text = said.text.rstrip("\n")
         where = (line.start, line.stop)
-        return Hit(text, said.confidence, "ocr", handle(page.number), where, seqs, place.score, facts, fidelity, note)
+        return Hit(text, said.confidence, "ocr", handle(page.number), where, seqs, place.score, facts, fidelity, told)
 
     def whole(self, page: StoredPage, text: str | None) -> Hit:
         """All of a page.  Raises PageCorrupted.
@@ -169,19 +182,20 @@ def facts_on(factsheet: str, rows: range) -> tuple[str, ...]:
     return tuple(found)
 
 
-def check_query(query: object, limit: object, least: object) -> None:
+def check_query(query: object, limit: object, least: object, fits: object = None) -> None:
     """Raises InputError for what cannot be asked."""
     if not isinstance(query, str) or not query.strip():
         raise InputError(f"what is to be recalled is a text that is not blank, got {repr(query)[:80]}")
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise InputError(f"a limit is a whole number of at least 0, got {repr(limit)[:80]}")
-    if least is not None and not (isinstance(least, int | float) and not isinstance(least, bool) and 0 <= least <= 1):
-        raise InputError(f"min_confidence is from 0 to 1, got {repr(least)[:80]}")
+    for name, share in (("min_confidence", least), ("min_fit", fits)):
+        if share is not None and not (isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1):
+            raise InputError(f"{name} is from 0 to 1, got {repr(share)[:80]}")
 
 
-def scan(messages: Iterable[tuple[int, Message]], words: Sequence[str]) -> list[tuple[Place, frozenset[int]]]:
+def scan(messages: Iterable[tuple[int, Message]], asked: Sequence[str]) -> list[tuple[Place, frozenset[int]]]:
     """The lines of messages that hold any of these words, and which: for what the index has no lines of."""
-    lowered = [word.lower() for word in words]
+    lowered = [word.lower() for word in asked]
     found = []
     for seq, message in messages:
         for row, line in enumerate(message.text().splitlines()):
@@ -192,8 +206,12 @@ def scan(messages: Iterable[tuple[int, Message]], words: Sequence[str]) -> list[
     return found
 
 
-def rank(found: Sequence[tuple[Place, frozenset[int]]], limit: int) -> list[Place]:
-    """By the words that a line has, each worth the more the fewer lines have it; of equals, the newest."""
+def rank(found: Sequence[tuple[Place, frozenset[int]]], limit: int, asked: Sequence[str] = (), min_fit: float = 0.0) -> list[Place]:
+    """By the words that a line has, each worth the more the fewer lines have it; of equals, the newest.
+
+    asked     the words, where what each line fits is to be told
+    min_fit   what fits less is left out
+    """
     often: dict[int, int] = {}
     for _, held in found:
         for number in held:
@@ -203,7 +221,13 @@ def rank(found: Sequence[tuple[Place, frozenset[int]]], limit: int) -> list[Plac
     def score(each: tuple[Place, frozenset[int]]) -> float:
         return each[0].score + sum(worth[number] for number in each[1])
 
+    naming = worths({word: often.get(number, 0) for number, word in enumerate(asked)}, len(found))
     ordered = sorted(found, key=lambda each: (-score(each), -each[0].last, each[0].row))
-    return [Place(place.page, place.row, place.first, place.last, score((place, held)), place.text) for place, held in ordered][
-        :limit
-    ]
+    best: list[Place] = []
+    for place, numbers in ordered:
+        there = [asked[number] for number in numbers] if asked else []
+        if len(best) < limit and fit(naming, there) >= min_fit:
+            best.append(
+                replace(place, score=score((place, numbers)), fit=fit(naming, there), note=note(naming, there) if asked else "")
+            )
+    return best

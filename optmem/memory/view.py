@@ -173,6 +173,11 @@ class View:
 
         return [Found(lines[number], 0.0) for number in sorted(lines, key=order)[:limit]]
 
+    def often(self, asked: Sequence[str]) -> tuple[dict[str, int], int]:
+        """How many lines have each of these words, counted up to MANY; and about how many lines there are."""
+        lines = self._number("SELECT coalesce(max(line), 0) FROM lines")
+        return {word: self._lines_with(phrase(word)) for word in asked}, lines
+
     def _lines_with(self, asked: str) -> int:
         """How many lines have it, counted up to MANY."""
         query = f"SELECT count(*) FROM (SELECT 1 FROM words WHERE words MATCH ? LIMIT {MANY})"  # noqa: S608
