@@ -106,6 +106,27 @@ def test_damaged_pages_do_not_hide_others(engine, tmp_path):
         assert memory.verify().is_clean
 
 
+@pytest.mark.parametrize("mode", ["write", "read"])
+def test_a_damaged_page_is_drawn_anew_where_its_text_is_kept(engine, tmp_path, mode):
+    path = tmp_path / "m"
+    with Memory.open(path, engine=engine, budget=900, archive=True) as memory:
+        history(memory, 10)
+        before = memory.context()
+        shown = [item.pages[0] for item in before.items if isinstance(item, PageItem) and item.pages[0][0] == "p"]
+        with memory._snapshot() as view:
+            names = [blob.name for blob in view.blobs(int(shown[0][1:]))]
+    for name in names:
+        (path / "blobs" / name).write_bytes(b"damaged")
+    with Memory.open(path, engine=engine, mode=mode) as memory:
+        after = memory.context()
+        assert f"the picture of page {shown[0]} was damaged, and was drawn anew from its text" in after.receipt.notes
+        assert after.digest() == before.digest()
+        is_mended = not any("drawn anew" in note for note in memory.context().receipt.notes)
+        assert is_mended == (mode == "write")
+        if mode == "write":
+            assert not [each for each in memory.verify().problems if "pixels" in each.what]
+
+
 def test_readers_beside_the_writer(engine, tmp_path):
     path = tmp_path / "m"
     with Memory.open(path, engine=engine, budget=900) as writer:

@@ -12,6 +12,7 @@ from optmem.errors import PageCorrupted
 from optmem.memory.ageing import SHEET, Plan, Unit, picture
 from optmem.memory.details import handle
 from optmem.memory.drawing import handle_text
+from optmem.memory.mending import redrawn
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics, as_png, from_png
 from optmem.memory.parts import shown
@@ -206,11 +207,17 @@ def show(
     *,
     receipt: Receipt,
     encode: Callable[[bytes], VisionTokens],
+    mended: dict[int, bytes] | None = None,
 ) -> Context:
-    """The items of a plan."""
+    """The items of a plan.
+
+    mended   gets the files of pages that were damaged and drawn anew
+    """
     maker = _Maker(view, plan, optics, encode)
     items = tuple(maker.items())
     tokens = sum(item.tokens for item in items)
+    if mended is not None:
+        mended |= maker.mended
     left = note_tokens(plan, optics)
     if left and tokens + left <= budget:
         items, tokens = (*items[: maker.first_left], NoteItem(LEFT_OUT, left), *items[maker.first_left :]), tokens + left
@@ -254,6 +261,7 @@ class _Maker:
         self.texts: dict[int, tuple[Message, ...]] = {}
         self._told: set[int] = set()  # messages that stand there as text
         self._sheets: set[str] = set()
+        self.mended: dict[int, bytes] = {}
         self.first_left = 0  # items before the first page that is left out
 
     def items(self) -> Iterator[Item]:
@@ -323,8 +331,14 @@ class _Maker:
         try:
             png = picture(self.view, unit.page, tier, self.optics)
         except PageCorrupted as damage:
-            self.notes.append(str(damage))
-            return
+            whole = redrawn(self.view, unit.page, self.optics)
+            if whole is None:
+                self.notes.append(str(damage))
+                return
+            self.mended[unit.number] = whole
+            self.notes.append(f"the picture of page {handle(unit.number)} was damaged, and was drawn anew from its text")
+            pixels = from_png(whole)
+            png = whole if pixels.shape[0] <= tier.side else as_png(self.optics.at(pixels, tier))
         self._keep_text(unit)
         side = min(tier.side, unit.details.side or unit.page.width)
         beside = handle_text(unit.number, unit.page.factsheet if tier.has_facts else "")

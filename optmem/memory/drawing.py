@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import groupby, pairwise
+from functools import cached_property, partial
+from itertools import groupby, pairwise, takewhile
 
 from optmem.errors import OptmemError
 from optmem.images import Pixels, load_images
@@ -84,6 +84,18 @@ def read_groups(view: View, state: State, policy: Policy) -> Iterator[Group]:
         found = Group(tuple(stored), number - is_rest, is_rest)
         yield replace(found, reason=_excluded(found, policy), is_pinned=any(each.seq in pinned for each in found.stored))
         number += not is_rest
+
+
+def kept_groups(view: View, state: State) -> Iterator[Group]:
+    """Groups that stay text though what is behind them is on pages."""
+    for seq, number in state.kept:
+        stored = tuple(takewhile(partial(_is_in, seq), view.messages(seq)))
+        if stored:
+            yield Group(stored, number, reason="its role or tool is excluded")
+
+
+def _is_in(group: int, message: StoredMessage) -> bool:
+    return message.group == group
 
 
 def _excluded(group: Group, policy: Policy) -> str | None:

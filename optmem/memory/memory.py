@@ -28,7 +28,7 @@ from optmem.memory.archive import Exported, export, restore
 from optmem.memory.check import Verified
 from optmem.memory.context import Context, note_tokens, show
 from optmem.memory.details import RECALLS, Details, handle
-from optmem.memory.drawing import AT_ONCE, Group, behind, cut, draw_runs, keep_runs, read_groups, rows_of
+from optmem.memory.drawing import AT_ONCE, PIXELS, behind, cut, draw_runs, keep_runs, kept_groups, read_groups, rows_of
 from optmem.memory.forgetting import Forgetting, Forgotten, names
 from optmem.memory.grep import Grep, with_text
 from optmem.memory.messages import Message, read_messages
@@ -172,8 +172,15 @@ class Memory:
                 self._sketched[key] = plan.sketched
             receipt = plan.allocation.receipt
             receipt = replace(receipt, notes=(*receipt.notes, *notes))
+            mended: dict[int, bytes] = {}
             with self._snapshot() as view:
-                return show(view, plan, self._planner(name).optics, wanted, receipt=receipt, encode=self._encode)
+                optics = self._planner(name).optics
+                found = show(view, plan, optics, wanted, receipt=receipt, encode=self._encode, mended=mended)
+            if mended and self._store is not None:
+                with self._writing() as change:
+                    for number, png in mended.items():
+                        change.put_blob(number, PIXELS, png, tier="sharp")
+            return found
 
     def _planner(self, reader: str) -> Planner:
         if reader not in self._planners:
@@ -223,7 +230,7 @@ class Memory:
         planner = self._planner(reader)
         with self._snapshot() as view:
             state = State.of(view)
-            groups = [*self._kept(view, state), *read_groups(view, state, self.settings.policy)]
+            groups = [*kept_groups(view, state), *read_groups(view, state, self.settings.policy)]
             found = planner.plan(view, state, groups, budget, shown=shown, sketched=sketched)
             note = note_tokens(found, planner.optics)
             if found.allocation.receipt.tokens_after + note <= budget:
@@ -231,17 +238,6 @@ class Memory:
             with suppress(InputError):
                 return planner.plan(view, state, groups, budget - note, shown=shown, sketched=sketched)
             return found
-
-    def _kept(self, view: View, state: State) -> Iterator[Group]:
-        """Groups that stay text though what is behind them is on pages."""
-        for seq, number in state.kept:
-            stored = []
-            for each in view.messages(seq):
-                if each.group != seq:
-                    break
-                stored.append(each)
-            if stored:
-                yield Group(tuple(stored), number, reason="its role or tool is excluded")
 
     def _draw(self) -> list[str]:
         """Puts what fills pages on pages; what could not be drawn."""
