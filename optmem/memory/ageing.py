@@ -67,6 +67,7 @@ class Planner:
     def __init__(self, optics: Optics, settings: Settings) -> None:
         self.optics, self.settings = optics, settings
         self._known: dict[int, Choices] = {}
+        self._read: dict[int, tuple[str, Details]] = {}  # what was read of pages, with what it was read of
 
     def plan(
         self,
@@ -86,8 +87,7 @@ class Planner:
         """
         if sketched is None:
             sketched = Sketched(state.sketched, tuple(map(self.optics.ladder.find, state.sketch)))
-        pages = [(page, Details.of(page)) for page in view.pages()]
-        asked = _Asked(view, state, pages, groups, budget, shown, sketched)
+        asked = _Asked(view, state, self._pages(view), groups, budget, shown, sketched)
         ready = open_groups(groups)
         held = sum(group.stored[0].seq <= sketched.last for group in ready)
         limit = self.settings.policy.limit(budget)
@@ -105,6 +105,18 @@ class Planner:
             if split == len(ready):
                 raise
         return self._allocated(asked, ready)
+
+    def _pages(self, view: View) -> list[tuple[StoredPage, Details]]:
+        """All of them.  Their rows are read anew, for other processes may have written; what is as it was is not parsed again."""
+        found, read = [], self._read
+        self._read = {}
+        for page in view.pages():
+            text, details = read.get(page.number, ("", None))
+            if details is None or text != page.details:
+                details = Details.of(page)
+            self._read[page.number] = page.details, details
+            found.append((page, details))
+        return found
 
     def _as_pages(self, asked: _Asked, ready: int) -> int:
         """Tokens of all but the last groups, so many, as sharp as pages are, where they have not aged."""
