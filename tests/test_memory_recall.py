@@ -1,5 +1,8 @@
 """Reading back: lines found by words and by a glance, read from pages, and as sure as they say.  Real store and nano."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from memory_histories import history, key, said, said_of, turn
 
@@ -45,6 +48,18 @@ def test_recall_by_the_key_itself(kept):
     _, memory = kept
     (hit,) = memory.recall(key(2), limit=1)
     assert "host 2 " in hit.text
+
+
+def test_weights_that_were_never_measured_are_said_to_be(tmp_path):
+    """A folder without a fidelity.json: what it reads may be junk, and every hit and context with pages says so."""
+    shipped = Path(optmem.__file__).parent / "checkpoints" / "nano"
+    folder = shutil.copytree(shipped, tmp_path / "other", ignore=shutil.ignore_patterns("fidelity.json"))
+    with optmem.Engine.from_pretrained(folder, device="cpu") as other, Memory.open(tmp_path / "m", other, budget=600) as memory:
+        history(memory, 10)
+        (hit,) = memory.recall("key of host 1", limit=1)
+        assert (hit.source, "never measured" in hit.note) == ("ocr", True)
+        assert "never measured" in memory.read("p1").note
+        assert any("never measured" in note for note in memory.context().receipt.notes)
 
 
 def test_a_hit_says_how_well_it_fits(kept):

@@ -221,7 +221,8 @@ def show(
     left = note_tokens(plan, optics)
     if left and tokens + left <= budget:
         items, tokens = (*items[: maker.first_left], NoteItem(LEFT_OUT, left), *items[maker.first_left :]), tokens + left
-    notes = (*receipt.notes, *maker.notes, *_hint(plan, optics, tokens))
+    doubt = [optics.doubt] if optics.doubt and any(isinstance(item, PageItem) for item in items) else []
+    notes = (*receipt.notes, *maker.notes, *doubt, *_hint(plan, optics, tokens))
     told = Receipt(receipt.budget, receipt.tokens_before, receipt.tokens_after, receipt.changes, notes)
     return Context(items, budget, tokens, told, maker.texts, optics.reader)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from optmem.errors import CheckpointError, InputError
 from optmem.images import Pixels, as_image
-from optmem.memory.fidelity import ASSUMED, Curve, read_curve
+from optmem.memory.fidelity import ASSUMED, Assumed, Curve, read_curve
 from optmem.memory.ladder import Ladder, ladder
 from optmem.memory.pricing import best_size, image_tokens
 from optmem.memory.tiers import Tier
@@ -74,6 +74,13 @@ class Optics:
             return read_curve(engine.folder, fingerprint(engine.model.weights()))
         # These weights were compared when the temperatures were read; those of int8 could not be any more.
         return read_curve(engine.folder, str(read_json(engine.folder, FIDELITY, limit=1 << 24).get("model")))
+
+    @property
+    def doubt(self) -> str:
+        """What should be known of everything that the model reads; "" where it was measured."""
+        if not isinstance(self.ladder.curve, Assumed):
+            return ""
+        return "how well these weights read was never measured, and what they say may be junk: run `optmem eval` on them"
 
     @property
     def reads_pictures(self) -> bool:

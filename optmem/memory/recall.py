@@ -158,9 +158,9 @@ class Answers:
         return Hit(said.text, said.confidence, "ocr", name, rows, seqs, facts=facts, fidelity=fidelity, note=note)
 
     def _foreign(self, page: StoredPage) -> str:
-        """What should be known of a picture that came as one."""
+        """What should be known of a picture that came as one, and of all pages where the weights were never measured."""
         if Details.of(page).kind != "picture" or self.optics.engine.model.config.family != "nano":
-            return ""
+            return self.optics.doubt
         return "this page came as a picture, and nano reads only pages that optmem draws"
 
     def fidelity(self, page: StoredPage) -> float | None:
