@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from optmem.errors import InputError, PageCorrupted
 from optmem.images import Pixels
@@ -56,8 +57,7 @@ class Plan:
 
     units: tuple[Unit, ...]
     choices: tuple[Choices, ...]
-    before: tuple[int | None, ...]  # tiers
-    allocation: Allocation
+    allocation: Allocation  # of all but the oldest that stay left out
     sketched: Sketched
 
 
@@ -135,10 +135,11 @@ class Planner:
         first, last = (sketched[0].stored[0].seq, sketched[-1].stored[-1].seq) if sketched else (0, -1)
         now = max([asked.state.groups, *(group.number + 1 for group in asked.groups)])
         pins = _pins(asked.view, asked.state, asked.pages, self.optics.sharp)
+        left = list(takewhile(lambda each: self._stays_left_out(*each, pins, asked), asked.pages))
         barred = {each.run for each in drawn if each.first <= asked.sketched.last and not asked.is_larger}
         while True:
             found = []
-            for page, details in asked.pages:
+            for page, details in asked.pages[len(left) :]:
                 held = self._held(page, details, asked.shown)
                 unit = Unit(page.first, page.number, 0, page, details)
                 candidate = self._candidate(unit, self.choices(page, details), held, newest[details.run], now, pins, asked)
@@ -157,10 +158,23 @@ class Planner:
                 break
             barred |= mixed
         units = [replace(unit, tier=tier) for unit, tier in zip(units, done.tiers, strict=True)]
+        choices = [candidate.choices for candidate in candidates]
+        lowest = len(ladder.tiers) - 1
+        units += [Unit(page.first, page.number, lowest, page, details) for page, details in left]
+        choices += [self.choices(page, details) for page, details in left]
+        order = sorted(range(len(units)), key=lambda at: (units[at].first, units[at].number))
+        units, choices = [units[at] for at in order], [choices[at] for at in order]
         tiers = tuple(unit.tier for unit in units if unit.drawn is not None)
         shown = Sketched(last, tiers) if any(tiers) else Sketched()
-        before = tuple(candidate.held for candidate in candidates)
-        return Plan(tuple(units), tuple(candidate.choices for candidate in candidates), before, done, shown)
+        return Plan(tuple(units), tuple(choices), done, shown)
+
+    def _stays_left_out(self, page: StoredPage, details: Details, pins: Mapping[int, int], asked: _Asked) -> bool:
+        """Whether a page is shown no more, and nothing could raise it.
+
+        The oldest pages are mostly such.  They cost nothing, gain nothing and are no news, so none of them needs a choice.
+        """
+        is_raised = asked.is_larger or page.number in pins or (details.raised and asked.shown is None)
+        return not is_raised and self._held(page, details, asked.shown) == len(self.optics.ladder.tiers) - 1
 
     def choices(self, page: StoredPage, details: Details) -> Choices:
         """What a page costs and keeps at every tier."""
