@@ -107,11 +107,14 @@ def test_what_cannot_be_quantised_changes_nothing():
     with torch.no_grad():
         weight[0, 0] = 0.0
     quantize_e4m3(model.encoder, model.decoder)
-    for again in (lambda: quantize_e4m3(model.encoder, model.decoder), lambda: quantize(model.decoder)):
+    fresh = Model.random("nano", scale=0.2)
+    for again in (lambda: quantize_e4m3(fresh.encoder, model.decoder), lambda: quantize(model.decoder)):
         with pytest.raises(InputError, match="the decoder's weights are quantised already"):
             again()
     with pytest.raises(InputError, match="the encoder's weights are quantised already"):
-        quantize_e4m3(model.encoder, Model.random("nano", scale=0.2).decoder)
+        quantize_e4m3(model.encoder, fresh.decoder)
+    assert not fresh.encoder.is_quantized
+    assert not fresh.decoder.is_quantized
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9)], ids=str)
