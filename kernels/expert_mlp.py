@@ -423,6 +423,6 @@ def _cases_of(dtype: torch.dtype, held: torch.dtype, hidden: int, width: int, to
     for tile in expert_tiles(held.itemsize)[:num_tiles]:
         is_half, is_small = held.itemsize < 4, tile.BLOCK_M < 64
         launch = specialise_into(given, inner, tile, into)
-        yield GateCase(f"into-{name}-{tile.BLOCK_M}", expert_into_kernel, *launch, is_half, is_small, least)
+        yield GateCase(f"into-{name}-{tile.BLOCK_M}", expert_into_kernel, *launch, is_half, is_small, least_arch=least)
         launch = specialise_out_of(given, inner.to(held), outputs, tile, out_of)
-        yield GateCase(f"out-of-{name}-{tile.BLOCK_M}", expert_out_of_kernel, *launch, is_half, is_small, least)
+        yield GateCase(f"out-of-{name}-{tile.BLOCK_M}", expert_out_of_kernel, *launch, is_half, is_small, least_arch=least)

@@ -84,7 +84,7 @@ class MachineCode:
     local_accesses: int  # LDL and STL instructions
     tensor_core: int  # HMMA, HGMMA or QGMMA instructions
     shared: int  # bytes of a block
-    slower: int = 0  # HMMA instructions where HGMMA is meant
+    slower: int = 0  # HMMA instructions where HGMMA or QGMMA is meant
     wide_loads: int = 0  # of 16 bytes, in the innermost loop that has any
 
     def faults(self, *, tensor_cores, wide_loads=None, most_registers=255):
@@ -114,7 +114,7 @@ def build(kernel, arguments, options, folder, *, has_small_dots=False):
     is_e4m3 = any(getattr(argument, "dtype", None) == torch.float8_e4m3fn for argument in arguments)
     products = "HMMA" if has_small_dots else OF_E4M3 if is_e4m3 else TENSOR_CORE[arch]
     local_accesses, hmma, tensor_core = (len(re.findall(rf"\b(?:{name})\b", sass)) for name in ("LDL|STL", "HMMA", products))
-    slower = hmma if products == "HGMMA" else 0
+    slower = 0 if products == "HMMA" else hmma
     return MachineCode(
         arch, registers, stack, local_accesses, tensor_core, compiled.metadata.shared, slower, wide_loads_of_a_step(sass)
     )
