@@ -77,6 +77,17 @@ def block_at(i_block, starts, P, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr
     return i_e.to(tl.int64), first, tl.where(first < start, first, end)
 
 
+@triton.jit
+def tile_at(width, order, starts, P, E, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> tuple[Any, ...]:
+    """What a program of the grouped kernels has: its expert, its places first .. end, all that a block has, columns, and pairs."""
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    i_e, first, end = block_at(tl.program_id(0) // tiles_n, starts, P, E, BLOCK_E, BLOCK_M)
+    o_m = first + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_pair = tl.load(order + o_m, mask=o_m < end, other=-1)  # [BLOCK_M]
+    return i_e, first, end, o_m, o_n, b_pair
+
+
 @triton.jit(do_not_specialize=["P"])
 def expert_vector_into_kernel(
     x,  # [T, D]
@@ -189,13 +200,9 @@ def expert_into_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     # Neighbouring programs share pairs and read all of the matrix between them: an expert's tiles have it from DRAM once.
-    tiles_n = tl.cdiv(F, BLOCK_N)
-    i_e, first, end = block_at(tl.program_id(0) // tiles_n, starts, P, E, BLOCK_E, BLOCK_M)
+    i_e, first, end, o_m, o_n, b_pair = tile_at(F, order, starts, P, E, BLOCK_E, BLOCK_M, BLOCK_N)
     if first >= end:
         return
-    o_m = first + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_pair = tl.load(order + o_m, mask=o_m < end, other=-1)  # [BLOCK_M]
     m_m = (b_pair >= 0) & (b_pair < P)
     p_x = x + (b_pair // TOP_K).to(tl.int64)[:, None] * D  # [BLOCK_M, 1]
     o_row = i_e * 2 * F + o_n
@@ -237,13 +244,9 @@ def expert_out_of_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    tiles_n = tl.cdiv(D, BLOCK_N)
-    i_e, first, end = block_at(tl.program_id(0) // tiles_n, starts, P, E, BLOCK_E, BLOCK_M)
+    i_e, first, end, o_m, o_n, b_pair = tile_at(D, order, starts, P, E, BLOCK_E, BLOCK_M, BLOCK_N)
     if first >= end:
         return
-    o_m = first + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_pair = tl.load(order + o_m, mask=o_m < end, other=-1)  # [BLOCK_M]
     m_m = (b_pair >= 0) & (b_pair < P)
     p_inner = inner + o_m.to(tl.int64)[:, None] * F  # [BLOCK_M, 1]
     p_down = down + (i_e * D + o_n)[None, :] * F  # [1, BLOCK_N]
