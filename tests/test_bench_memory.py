@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +73,23 @@ def test_a_needle_is_where_it_says(corpus, filler, seed):
 def test_a_history_comes_from_its_seed_alone(corpus, filler):
     assert make_history(filler, corpus, 3, TINY) == make_history(filler, corpus, 3, TINY)
     assert make_history(filler, corpus, 3, TINY).messages != make_history(filler, corpus, 4, TINY).messages
+
+
+def test_a_history_is_the_same_in_every_process():
+    program = """
+from optmem.bench.histories import Size, make_history
+from optmem.train.corpus import Corpus
+size = Size(messages=12, passkeys=0, pairs=0, distractors=0, updated=4, absent=0, records=0, lines=0)
+print(make_history("random", Corpus(b"", b"", ()), 0, size).messages)
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2", "3")
+    ]
+    assert len(set(said)) == 1
+    assert "The limit of" in said[0]
 
 
 def test_all_suites_are_asked_as_often_as_was_said(corpus):

@@ -112,7 +112,7 @@ def make_history(filler: Filler, corpus: Corpus, seed: int, size: Size = STANDAR
 def _places(chance: Random, needles: Sequence[_Needle], count: int) -> list[int]:
     """The message of each needle; of one group, in their order, and each in a message of its own where there are enough."""
     places = [chance.randrange(count) for _ in needles]
-    for group in {needle.group for needle in needles if needle.group}:
+    for group in dict.fromkeys(needle.group for needle in needles if needle.group):  # a set's order is another in every process
         members = [number for number, needle in enumerate(needles) if needle.group == group]
         drawn = sorted(
             chance.sample(range(count), len(members)) if len(members) <= count else chance.choices(range(count), k=len(members))
