@@ -190,14 +190,14 @@ OPTMEM_AVX512_VNNI OPTMEM_INLINE void add_fixed(const int8_t* weight, int64_t st
 }
 
 // Sums of up to kRows rows, two products an instruction, exactly in 32 bits.
-template <int kRows, int kTokens, int kFetched>
+template <int kRows, int kTokens, bool kFetches>
 OPTMEM_AVX512_VNNI OPTMEM_INLINE void sum_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens,
                                                 const int8_t* ahead, __m512i (&lanes)[kDotRows][kTokens]) {
   int64_t i = 0;
   for (; i + kFixedStep <= in; i += kFixedStep) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {  // to the second cache, as in dots_bf16
-      if (r < kFetched) _mm_prefetch(reinterpret_cast<const char*>(ahead + r * stride + i), _MM_HINT_T1);
+      if (kFetches) _mm_prefetch(reinterpret_cast<const char*>(ahead + r * stride + i), _MM_HINT_T1);
     }
     add_fixed<true, kRows>(weight, stride, i, 0, tokens, lanes);
     add_fixed<true, kRows>(weight, stride, i + 32, 0, tokens, lanes);
@@ -209,7 +209,7 @@ OPTMEM_AVX512_VNNI OPTMEM_INLINE void sum_fixed(const int8_t* weight, int64_t st
 }
 
 // GCC 12 keeps at most 16 sums in registers here: four rows by four tokens, or twice two rows by eight.
-template <int kRows, int kTokens, int kFetched>
+template <int kRows, int kTokens, bool kFetches>
 OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t in, const Fixed* const* tokens, const int8_t* ahead,
                                    float* sums) {
   constexpr int kAtOnce = kTokens > 4 && kRows > 2 ? 2 : kRows;
@@ -222,12 +222,7 @@ OPTMEM_AVX512_VNNI void dots_fixed(const int8_t* weight, int64_t stride, int64_t
 #pragma GCC unroll 8
       for (int m = 0; m < kTokens; ++m) lanes[r][m] = _mm512_setzero_si512();
     }
-    constexpr int kNow = kFetched > 1 ? kAtOnce : kFetched;
-    if (first == 0 || kFetched > 1) {
-      sum_fixed<kAtOnce, kTokens, kNow>(weight + first * stride, stride, in, tokens, ahead + first * stride, lanes);
-    } else {
-      sum_fixed<kAtOnce, kTokens, 0>(weight + first * stride, stride, in, tokens, ahead, lanes);
-    }
+    sum_fixed<kAtOnce, kTokens, kFetches>(weight + first * stride, stride, in, tokens, ahead + first * stride, lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < kAtOnce; ++r) {
 #pragma GCC unroll 8
@@ -319,32 +314,37 @@ auto tile_dots() {
   return OPTMEM_DISPATCH(Any::dots);
 }
 
-// A kernel that leaves fetching to the machine.
 template <typename T, typename W>
-DotKernel<T, W> plain(const Dots<T, W> (&four)[kDotTokens], const Dots<T, W> (&one)[kDotTokens], int tokens) {
+DotKernel<T, W> without_slow(const Dots<T, W> (&four)[kDotTokens], const Dots<T, W> (&one)[kDotTokens], int tokens, int ahead) {
   DotKernel<T, W> kernel{};
   std::copy(four, four + kDotTokens, kernel.four);
-  std::copy(four, four + kDotTokens, kernel.slow);
   std::copy(one, one + kDotTokens, kernel.one);
   kernel.tokens = tokens;
+  kernel.ahead = ahead;
+  kernel.many = kNever;
   return kernel;
 }
 
+// Kernels that leave fetching to the machine.
 template <typename T, typename W, int... kLess>
 DotKernel<T, W> generic_kernel(std::integer_sequence<int, kLess...>) {
-  if (current_isa() == Isa::avx2) return plain<T, W>({dots_fma<T, W, kDotRows, kLess + 1>...}, {dots_fma<T, W, 1, kLess + 1>...}, 3);
+  if (current_isa() == Isa::avx2) {
+    return without_slow<T, W>({dots_fma<T, W, kDotRows, kLess + 1>...}, {dots_fma<T, W, 1, kLess + 1>...}, 3, 0);
+  }
   const int tokens = current_isa() == Isa::avx512 ? 6 : 2;
-  return plain<T, W>({tile_dots<Tile<T, W, kDotRows, kLess + 1>>()...}, {tile_dots<Tile<T, W, 1, kLess + 1>>()...}, tokens);
+  return without_slow<T, W>({tile_dots<Tile<T, W, kDotRows, kLess + 1>>()...}, {tile_dots<Tile<T, W, 1, kLess + 1>>()...}, tokens, 0);
 }
 
 template <int... kLess>
 DotKernel<Bf16> bf16_kernel(std::integer_sequence<int, kLess...>) {
-  return {{dots_bf16<4, kLess + 1, 4>...}, {dots_bf16<4, kLess + 1, 1>...}, {dots_bf16<1, kLess + 1, 0>...}, 6, kDotRows};
+  return {{dots_bf16<4, kLess + 1, 4>...}, {dots_bf16<4, kLess + 1, 1>...}, {dots_bf16<1, kLess + 1, 0>...}, 6, kDotRows, 4};
 }
 
 template <int... kLess>
 DotKernel<Fixed, int8_t> fixed_kernel(std::integer_sequence<int, kLess...>) {
-  return {{dots_fixed<4, kLess + 1, 4>...}, {dots_fixed<4, kLess + 1, 1>...}, {dots_fixed<1, kLess + 1, 0>...}, 8, 2 * kDotRows};
+  // Half the bytes are fetched in time.
+  const Dots<Fixed, int8_t> four[] = {dots_fixed<4, kLess + 1, true>...}, one[] = {dots_fixed<1, kLess + 1, false>...};
+  return without_slow(four, one, 8, 2 * kDotRows);
 }
 
 using Tokens = std::make_integer_sequence<int, kDotTokens>;

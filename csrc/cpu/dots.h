@@ -30,6 +30,7 @@ struct DotKernel {
   Dots<T, W> one[kDotTokens];   // a single row; only sums[kDotRows * m] is written
   int tokens;                   // the best tile for this instruction set
   int ahead;                    // rows from those that `four` reads to those that it should fetch
+  int many;                     // tiles of tokens from which on `slow` is the faster
 };
 
 // The kernel for the instruction set in force.
@@ -79,7 +80,8 @@ ChunkRows<W> rows_from(const W* weight, const float* scales, int64_t first, int6
   return {begin, scales == nullptr ? nullptr : scales + first, rows, in, begin + rows * in};
 }
 
-// A tile of tokens, and which of all the tiles that meet the same chunk it is.
+// A tile of tokens, and which of all the tiles that meet the same chunk it is.  The first has the chunk to fetch and would stand
+// still, so where there are many they fetch the next chunk together.
 template <typename T>
 struct TokenTile {
   const T* const* tokens;
@@ -87,7 +89,7 @@ struct TokenTile {
   int64_t at, of;
 };
 
-constexpr int64_t kManyTiles = 4;  // that a chunk's products take longer than fetching the next chunk
+constexpr int kNever = 1 << 30;  // tiles of tokens
 
 // What is fetched while four rows from row r on meet a tile: a row of the next chunk, as long as there are such.
 template <typename T, typename W>
@@ -107,7 +109,7 @@ inline void dot_rows(const DotKernel<T, W>& kernel, const ChunkRows<W>& chunk, c
   const bool is_stream = tile.count == 1 && tile.of == 1 && std::is_same_v<T, W>;
   for (; !is_stream && r + kDotRows <= chunk.rows; r += kDotRows) {
     const W* rows = chunk.weight + r * chunk.in;
-    if (tile.of < kManyTiles) {
+    if (tile.of < kernel.many) {
       four(rows, chunk.in, chunk.in, tile.tokens, rows + kernel.ahead * chunk.in, sums);
     } else {
       slow(rows, chunk.in, chunk.in, tile.tokens, fetched(chunk, tile, r), sums);

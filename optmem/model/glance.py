@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from optmem import ops
 from optmem.errors import InputError
 from optmem.model.config import DecoderConfig, GlanceConfig
 from optmem.model.layout import PLACE_HEIGHT, PLACE_WIDTH
@@ -114,7 +115,7 @@ class Glance(ReadOut):
         codes = nn.functional.linear(self.norm(tokens), weight, bias).view(*tokens.shape[:2], len(place), self.code)
         read = codes * (1 + self.rows(y % PLACE_HEIGHT) + self.columns(x % PLACE_WIDTH))
         for some in read.split(1 if tokens.device.type == "cpu" else len(read)):
-            yield nn.functional.gelu(self.mix(some))
+            yield ops.linear(some, self.mix.weight, self.mix.bias, "gelu")
 
     def _cell(self, tokens: Tensor) -> tuple[tuple[int, int], float]:
         """Height and width of a page's cells, and how sure the tokens are of it."""
