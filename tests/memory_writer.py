@@ -1,10 +1,10 @@
-"""Not a test: the process that the memory's crash tests kill.  It says on stdout what was acknowledged.
+"""Not a test: the process whose children the memory's crash tests strike.
 
-python memory_writer.py PATH
+It loads the reader once.  For every path on stdin it says "child PID", and the child waits for a line; then it works, and says on
+stdout what was acknowledged.  "ended CODE" follows.
 """
 
 import os
-import sys
 
 from optmem import Engine, Memory
 from optmem.errors import OptmemError
@@ -36,9 +36,26 @@ def work(memory):
     say("forgotten")
 
 
-if __name__ == "__main__":
+def strikeable(engine, path):
+    """What a child does: nothing until it is told to, so that whoever strikes it can take hold of it."""
+    os.read(0, 80)
     try:
-        with Memory.open(sys.argv[1], engine=Engine.from_pretrained("nano", device="cpu"), budget=500) as opened:
+        with Memory.open(path, engine=engine, budget=500) as opened:
             work(opened)
     except OptmemError as error:
         say("failed", type(error).__name__)
+
+
+def serve():
+    engine = Engine.from_pretrained("nano", device="cpu")
+    while path := os.read(0, 4096).decode().strip():
+        child = os.fork()
+        if not child:
+            strikeable(engine, path)
+            os._exit(0)
+        say("child", str(child))
+        say("ended", str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+
+
+if __name__ == "__main__":
+    serve()

@@ -41,11 +41,41 @@ def engine():
         yield found
 
 
-def run(path, log, *options):
-    """What the process said, and its return code."""
-    command = [strace, "-f", "-o", str(log), f"--trace={','.join(CALLS)}", *options, sys.executable, "-B", str(WRITER), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.splitlines(), done.returncode, done.stderr
+class Server:
+    """The process that forks those who are struck, so that torch and the reader are loaded once."""
+
+    def __init__(self):
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads of the parent's would be missing in the child
+        self.process = subprocess.Popen(
+            [sys.executable, "-B", str(WRITER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=alone
+        )
+
+    def say(self, line):
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def run(self, path, log, *options):
+        """What a child said that worked on this path under strace, and its return code."""
+        self.say(path)
+        number = self.process.stdout.readline().split()[1]
+        traced = [strace, "-f", "-p", number, "-o", str(log), f"--trace={','.join(CALLS)}", *options]
+        with subprocess.Popen(traced, stderr=subprocess.PIPE, text=True) as tracer:
+            assert "attached" in tracer.stderr.readline()
+            self.say("go")
+            said = []
+            while not (line := self.process.stdout.readline()).startswith("ended"):
+                assert line, "the writer itself has ended"
+                said.append(line.strip())
+            tracer.communicate()
+        return said, int(line.split()[1])
+
+
+@pytest.fixture(scope="module")
+def server():
+    found = Server()
+    with found.process:
+        yield found
+        found.process.stdin.close()
 
 
 def check(path, said, engine):
@@ -70,10 +100,10 @@ def check(path, said, engine):
         assert memory.context().digest() == memory.context().digest()
 
 
-def strike(folder, engine, call, number, action):
+def strike(folder, server, engine, call, number, action):
     path = folder / f"{call}-{number}-{action.replace('=', '-')}"
-    said, code, errors = run(path, folder / "log", f"--inject={call}:{action}:when={number}")
-    assert code in (0, -signal.SIGKILL), errors
+    said, code = server.run(path, folder / "log", f"--inject={call}:{action}:when={number}")
+    assert code in (0, -signal.SIGKILL), said
     if path.exists() and (path / "index.db").exists():
         check(path, said, engine)
     shutil.rmtree(path, ignore_errors=True)
@@ -81,22 +111,23 @@ def strike(folder, engine, call, number, action):
 
 
 @pytest.mark.parametrize(("call", "number", "action"), [("fdatasync", 9, "signal=KILL"), ("renameat", 5, "error=ENOSPC")])
-def test_some_faults(engine, tmp_path, call, number, action):
-    code, said = strike(tmp_path, engine, call, number, action)
+def test_some_faults(server, engine, tmp_path, call, number, action):
+    code, said = strike(tmp_path, server, engine, call, number, action)
     assert code == -signal.SIGKILL or any("failed" in line for line in said), "the fault was met"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(60 * FAULTS)
-def test_many_faults(engine, tmp_path):
-    said, code, errors = run(tmp_path / "whole", tmp_path / "log")
-    assert (code, said[-1]) == (0, "forgotten"), errors
+def test_many_faults(server, engine, tmp_path):
+    said, code = server.run(tmp_path / "whole", tmp_path / "log")
+    assert (code, said[-1]) == (0, "forgotten"), said
     check(tmp_path / "whole", said, engine)
     text = (tmp_path / "log").read_text()
     counts = {call: len(re.findall(rf"^\d+\s+{call}\(", text, re.MULTILINE)) for call in CALLS}
     cases = [(call, number, action) for call, count in counts.items() for number in range(1, count + 1) for action in ACTIONS]
     for case in random.Random(time.time_ns()).sample(cases, min(FAULTS, len(cases))):
-        strike(tmp_path, engine, *case)
+        strike(tmp_path, server, engine, *case)
+    print(f"{min(FAULTS, len(cases))} of {len(cases)} faults")
 
 
 ACTIONS = ("signal=KILL", "error=EIO", "error=ENOSPC")
