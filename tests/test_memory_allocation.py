@@ -292,6 +292,20 @@ def test_what_is_barred_from_text_is_a_page_and_says_so():
     assert done.receipt.tokens_before == 4000
 
 
+@pytest.mark.parametrize("budget", [700, 660], ids=["page fits", "page does not"])
+def test_what_is_barred_is_no_text_where_that_would_fit(budget):
+    part = Choices((12, 73, 21, 0), (1.0, 0.9, 0.5, 0.0))  # a page that is hardly begun costs less as text
+    pages = [*(replace(page(number), held=1) for number in range(6)), replace(page(6, choices=part), is_barred=True)]
+    before = 6 * CHOICES.tokens[1] + 12
+    done = allocate(pages, TIERS, before + budget - 640, Policy())
+    assert done.tiers[-1] != 0
+    assert done.receipt.tokens_before == before
+    (change,) = [each for each in done.receipt.changes if each.page == pages[-1].page]
+    assert change.from_tier == "text"
+    assert "run" in change.why
+    assert "-" not in change.why
+
+
 def test_a_larger_budget_raises_and_says_so():
     pages = [replace(each, held=3, rises_to=1, rises_for="the budget is larger") for each in aged(6)]
     assert allocate(pages, TIERS, 100, Policy()).tiers == (3, 3, 2, 2, 2, 2)

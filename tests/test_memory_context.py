@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import tempfile
 from pathlib import Path
@@ -450,3 +451,17 @@ def test_the_saving_is_priced(engine, tmp_path):
         as_pictures = drawn.to_json()
         assert as_pictures.count(b'"image"') >= found.to_json().count(b'"image"')
         assert b'"image"' not in view.payload("anthropic", pictures=False).to_json()
+
+
+@pytest.mark.parametrize(("own", "asked"), [(600, None), (2048, 800)], ids=["own budget", "another budget"])
+def test_what_flows_over_onto_a_new_page_is_no_text_beside_its_run(tmp_path, engine, own, asked):
+    """A sketched page that is hardly begun cost less as its part of the text, and all text of its run was shown then."""
+    words = ("alpha", "beta", "gamma", "server", "port", "the", "of", "and", "42", "deploy")
+    chance = random.Random(1 if asked is None else 5)
+    with Memory.open(tmp_path / "m", engine, budget=own) as memory:
+        for _ in range(60):
+            role = chance.choice(["user", "assistant"])
+            count = chance.randint(5, 80)
+            memory.add({"role": role, "content": " ".join(chance.choice(words) for _ in range(count))})
+            view = memory.context(asked)
+            check_context(view, memory, [])

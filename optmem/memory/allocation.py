@@ -75,16 +75,17 @@ def allocate(pages: Sequence[Candidate], tiers: Sequence[Tier], budget: int, pol
     if not pages:
         return Allocation((), 0.0, Receipt(budget, 0, 0))
     state = _State(pages, tiers, sheet_pages)
-    before, limit = state.total(state.current), policy.limit(budget)
+    # What is barred from being text may need more as a page than its part of the text did.
+    before, limit = max(state.total(state.current), state.total(state.sharpest)), policy.limit(budget)
     if before <= limit:
-        return _answer(state, pages, tiers, budget, limit, state.current)
+        return _answer(state, pages, tiers, budget, limit, state.sharpest)
     kept = state.keep(policy, limit, budget)
     least = state.total(state.bottom)
     if least > budget:
         raise InputError(_no_place(state, pages, tiers, least, budget))
     limit = limit if least <= limit else budget
     if before <= limit:
-        return _answer(state, pages, tiers, budget, limit, state.current)
+        return _answer(state, pages, tiers, budget, limit, state.sharpest)
     target = max(min(limit, max(before - policy.clear_at_least, limit // 2)), least)
     return _answer(state, pages, tiers, budget, limit, _fill(state, target), kept)
 
@@ -323,6 +324,8 @@ def _answer(
     shown = np.where(held < 0, state.current, held)
     before, after = state.total(state.current), state.total(chosen)
     over = f"{before - limit:,} tokens over the {'budget' if limit == budget else 'trigger'}"
+    if before <= limit:
+        over = "it cannot be text where others of its run are pages"
     rows = np.flatnonzero(shown != chosen)
     each = [found[rows].tolist() for found in (shown, chosen, _shares(state, shown), _shares(state, chosen))]
     names = [tier.name for tier in tiers]
