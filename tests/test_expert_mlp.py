@@ -57,6 +57,21 @@ def test_matches_reference(isa, dtype, tokens, hidden, width, experts, top_k):
     assert_close(actual, expected(*arguments), exact=exact(*arguments))
 
 
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [8, 33, 70])
+def test_a_token_without_numbers_spoils_no_other(isa, dtype, hidden):
+    """The last columns of a row of sums lie beside the first ones of the next row."""
+    x, gate_up, down, routing = inputs(3, hidden, 8, 4, 2, dtype)
+    weights = routing.weights.clone()
+    weights[1] = torch.nan
+    with forced_isa(isa):
+        actual = ops.expert_mlp(x, gate_up, down, routing._replace(weights=weights))
+        whole = ops.expert_mlp(x, gate_up, down, routing)
+    assert actual[1].isnan().all()
+    assert_equal(actual[[0, 2]], whole[[0, 2]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_does_not_know_of_the_others(dtype):
     x, gate_up, down, routing = inputs(17, 48, 40, 8, 3, dtype)

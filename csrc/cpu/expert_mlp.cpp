@@ -95,23 +95,24 @@ void add_expert(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, i
   });
 }
 
-// Columns first .. first + columns of out, for all tokens and experts.  sums has room for [tokens, columns].  Of an expert these
-// are neighbouring rows, so what is fetched ahead of a chunk is the next chunk.
+// Columns first .. first + columns of out, for all tokens and experts.  sums becomes [tokens, span]: whole chunks are added.  Of an
+// expert these are neighbouring rows, so what is fetched ahead of a chunk is the next chunk.
 template <typename Token, typename T, typename W>
 void project_out(const ExpertMlp<T, W>& job, const DotKernel<Token, W>& kernel, int64_t first, int64_t columns,
                  const Token* const* inner, std::vector<float>& sums) {
   const auto store = OPTMEM_DISPATCH(Finish<T>::store);
-  sums.assign(job.tokens * columns, 0.0f);
+  const int64_t span = (columns + kChunk - 1) / kChunk * kChunk;
+  sums.assign(static_cast<size_t>(job.tokens * span), 0.0f);
   for (int64_t e = next_expert(job, 0); e < job.experts;) {
     const int64_t after = next_expert(job, e + 1);
     for (int64_t c = 0; c < columns; c += kChunk) {
       ChunkRows<W> rows = rows_from(job.down, job.down_scales, e * job.hidden + first + c, std::min(kChunk, columns - c), job.width);
       if (c + kChunk >= columns) rows.next = job.down + (after * job.hidden + first) * job.width;
-      add_expert(job, kernel, e, rows, inner, sums.data() + c, columns);
+      add_expert(job, kernel, e, rows, inner, sums.data() + c, span);
     }
     e = after;
   }
-  for (int64_t t = 0; t < job.tokens; ++t) store(&sums[t * columns], columns, job.out + t * job.hidden + first);
+  for (int64_t t = 0; t < job.tokens; ++t) store(&sums[static_cast<size_t>(t * span)], columns, job.out + t * job.hidden + first);
 }
 
 // Tokens of the kind that the kernel takes.
