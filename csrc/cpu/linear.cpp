@@ -5,6 +5,8 @@
 // 101 of them, the fewest there are, turning is 5 % of a task.
 #include "cpu/linear.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -229,8 +231,10 @@ void linear(const Linear& job, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
   {
     Panel panel;
-    for (int64_t task = taken++; task < tasks;) {
-      const int64_t next = taken++;
+    // The first by its number: who came first would else take two at once, and of two tasks leave none.
+    const int64_t team = omp_get_num_threads();
+    for (int64_t task = omp_get_thread_num(); task < tasks;) {
+      const int64_t next = team + taken++;
       run(job, task_at(job, how, task), next < tasks ? task_at(job, how, next) : Task{}, panel);
       task = next;
     }
