@@ -154,7 +154,8 @@ class Memory:
                  shown as sharp as they are kept, as far as they fit
         reader   whose tokens the budget counts, as `open` takes it; None is the memory's own.  With another one, too, nothing ages
 
-        Nothing changes while what is shown fits, so that an unchanged prefix keeps its bytes.
+        Nothing changes while what is shown fits, so that an unchanged prefix keeps its bytes; but a page that is not full yet is
+        drawn again with what follows on it.
         Raises InputError where what is pinned or excluded does not fit.
         """
         own = self.settings.budget
