@@ -116,6 +116,12 @@ def test_some_faults(server, engine, tmp_path, call, number, action):
     assert code == -signal.SIGKILL or any("failed" in line for line in said), "the fault was met"
 
 
+def test_a_disk_that_is_full_keeps_nobody_from_opening(server, engine, tmp_path):
+    """The first of the writes is the owner's number, which nothing depends on."""
+    code, said = strike(tmp_path, server, engine, "pwrite64", 1, "error=ENOSPC")
+    assert (code, said[-1]) == (0, "forgotten")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(60 * FAULTS)
 def test_many_faults(server, engine, tmp_path):

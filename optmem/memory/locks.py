@@ -12,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from optmem.errors import StoreBusyError, StoreError
@@ -66,9 +66,13 @@ class FileLock:
             self.let_go()
 
     def write_owner(self) -> None:
-        """Says in the file which process holds it: for people's eyes and messages, the lock itself needs no words."""
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        """Says in the file which process holds it: for people's eyes and messages, the lock itself needs no words.
+
+        So a disk that is full keeps nobody from opening what may be read and forgotten there.
+        """
+        with suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
     def owner(self) -> str:
         """The number of the process that wrote itself down last, or "unknown"."""
