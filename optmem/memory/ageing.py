@@ -338,21 +338,24 @@ def _show(change: Transaction, unit: Unit, optics: Optics, settings: Settings) -
     assert unit.page is not None
     assert unit.details is not None
     tier, was = optics.ladder.tiers[unit.tier], unit.details.side or unit.page.width
+    notes: list[str] = []
     try:
         if tier.kind == "page" and tier.side < was:
-            change.put_blob(unit.number, SHOWN, picture(change, unit.page, tier, optics), tier=tier.view)
+            png, notes = whole_picture(change, unit.page, tier, optics)
+            change.put_blob(unit.number, SHOWN, png, tier=tier.view)
         else:
             change.drop_blob(unit.number, SHOWN)
         kept = tier if tier.kind == "page" else _smallest(optics.ladder.tiers, was)
         if not settings.keep_sharp and kept is not None and kept.side < was:
-            change.put_blob(unit.number, PIXELS, picture(change, unit.page, kept, optics), tier=kept.view)
+            png, more = whole_picture(change, unit.page, kept, optics)
+            change.put_blob(unit.number, PIXELS, png, tier=kept.view)
             change.drop_blob(unit.number, SHOWN)
             change.drop_blob(unit.number, TOKENS)
             change.drop_readings(unit.number)
-            return kept.side, []
+            return kept.side, notes + more
     except PageCorrupted as damage:
-        return unit.details.side, [str(damage)]
-    return unit.details.side, []
+        return unit.details.side, [*notes, str(damage)]
+    return unit.details.side, notes
 
 
 def _smallest(tiers: Sequence[Tier], side: int) -> Tier | None:
@@ -372,11 +375,29 @@ def _sharp(view: View, page: StoredPage) -> bytes:
 
 
 def picture(view: View, page: StoredPage, tier: Tier, optics: Optics) -> bytes:
-    """The file of a page's picture at a tier.  Raises PageCorrupted."""
-    for blob in view.blobs(page.number):
-        if blob.kind == SHOWN and blob.tier == tier.view:
-            return view.blob(page.number, SHOWN)
-    content = _sharp(view, page)
+    """The file of a page's picture at a tier, as it is kept.  Raises PageCorrupted."""
+    return view.blob(page.number, SHOWN) if is_kept(view, page, tier) else at_tier(_sharp(view, page), tier, optics)
+
+
+def whole_picture(view: View, page: StoredPage, tier: Tier, optics: Optics) -> tuple[bytes, list[str]]:
+    """The same, and a note where the file that is kept is damaged: it is made anew of the sharpest.
+
+    Raises PageCorrupted where that is damaged too.
+    """
+    try:
+        return picture(view, page, tier, optics), []
+    except PageCorrupted:
+        png = at_tier(_sharp(view, page), tier, optics)
+    return png, [f"the small picture of page {handle(page.number)} was damaged, and was made anew from the sharp one"]
+
+
+def is_kept(view: View, page: StoredPage, tier: Tier) -> bool:
+    """Whether there is a file of a page as small as it is at a tier."""
+    return any(blob.kind == SHOWN and blob.tier == tier.view for blob in view.blobs(page.number))
+
+
+def at_tier(content: bytes, tier: Tier, optics: Optics) -> bytes:
+    """The file of a page's picture at a tier, made of a sharper one."""
     pixels = from_png(content)
     return content if pixels.shape[0] <= tier.side else as_png(optics.at(pixels, tier))
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from optmem.errors import PageCorrupted
-from optmem.memory.ageing import SHEET, Plan, Unit, picture
+from optmem.memory.ageing import SHEET, SHOWN, Plan, Unit, at_tier, is_kept, whole_picture
 from optmem.memory.details import handle
-from optmem.memory.drawing import handle_text
-from optmem.memory.mending import redrawn
+from optmem.memory.drawing import PIXELS, handle_text
+from optmem.memory.mending import Mended, redrawn
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics, as_png, from_png
 from optmem.memory.parts import shown
@@ -20,9 +20,9 @@ from optmem.memory.pricing import best_size, find_reader, image_tokens
 from optmem.memory.providers import Item as GivenItem
 from optmem.memory.providers import Pages, Payload, Picture, Rest, payload
 from optmem.memory.receipt import Receipt
-from optmem.memory.records import StoredMessage
+from optmem.memory.records import StoredMessage, StoredPage
 from optmem.memory.sketch import SketchPage
-from optmem.memory.tiers import Choices
+from optmem.memory.tiers import Choices, Tier
 from optmem.memory.view import View
 from optmem.pages.chat import label
 from optmem.pixels import resized
@@ -207,17 +207,17 @@ def show(
     *,
     receipt: Receipt,
     encode: Callable[[bytes], VisionTokens],
-    mended: dict[int, bytes] | None = None,
+    mended: list[Mended] | None = None,
 ) -> Context:
     """The items of a plan.
 
-    mended   gets the files of pages that were damaged and drawn anew
+    mended   gets the files of pages that were damaged and made anew
     """
     maker = _Maker(view, plan, optics, encode)
     items = tuple(maker.items())
     tokens = sum(item.tokens for item in items)
     if mended is not None:
-        mended |= maker.mended
+        mended += maker.mended
     left = note_tokens(plan, optics)
     if left and tokens + left <= budget:
         items, tokens = (*items[: maker.first_left], NoteItem(LEFT_OUT, left), *items[maker.first_left :]), tokens + left
@@ -262,7 +262,7 @@ class _Maker:
         self.texts: dict[int, tuple[Message, ...]] = {}
         self._told: set[int] = set()  # messages that stand there as text
         self._sheets: set[str] = set()
-        self.mended: dict[int, bytes] = {}
+        self.mended: list[Mended] = []
         self.first_left = 0  # items before the first page that is left out
 
     def items(self) -> Iterator[Item]:
@@ -329,17 +329,9 @@ class _Maker:
         assert unit.page is not None
         assert unit.details is not None
         tier = self.optics.ladder.tiers[unit.tier]
-        try:
-            png = picture(self.view, unit.page, tier, self.optics)
-        except PageCorrupted as damage:
-            whole = redrawn(self.view, unit.page, self.optics)
-            if whole is None:
-                self.notes.append(str(damage))
-                return
-            self.mended[unit.number] = whole
-            self.notes.append(f"the picture of page {handle(unit.number)} was damaged, and was drawn anew from its text")
-            pixels = from_png(whole)
-            png = whole if pixels.shape[0] <= tier.side else as_png(self.optics.at(pixels, tier))
+        png = self._whole(unit.page, tier)
+        if png is None:
+            return
         self._keep_text(unit)
         side = min(tier.side, unit.details.side or unit.page.width)
         beside = handle_text(unit.number, unit.page.factsheet if tier.has_facts else "")
@@ -348,6 +340,23 @@ class _Maker:
         run = unit.details.run if unit.details.kind == "text" else 0
         known = None if unit.details.kind == "picture" else fidelity  # it was measured of pages that optmem draws
         yield PageItem((handle(unit.number),), span, tier.name, png, side, side, facts, cost, known, run, self.encode)
+
+    def _whole(self, page: StoredPage, tier: Tier) -> bytes | None:
+        """The file of a page's picture, made anew where it is damaged: of the sharp one, or else of the text.  None of neither."""
+        try:
+            png, notes = whole_picture(self.view, page, tier, self.optics)
+        except PageCorrupted as damage:
+            whole = redrawn(self.view, page, self.optics)
+            if whole is None:
+                self.notes.append(str(damage))
+                return None
+            png = at_tier(whole, tier, self.optics)
+            notes = [f"the picture of page {handle(page.number)} was damaged, and was drawn anew from its text"]
+            self.mended.append(Mended(page.number, PIXELS, whole, "sharp"))
+        self.notes += notes
+        if notes and is_kept(self.view, page, tier):
+            self.mended.append(Mended(page.number, SHOWN, png, tier.view))
+        return png
 
     def _keep_text(self, unit: Unit) -> None:
         """The messages of a run, where they are kept and all its pages are pictures."""

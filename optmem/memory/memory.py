@@ -28,9 +28,10 @@ from optmem.memory.archive import Exported, export, restore
 from optmem.memory.check import Verified
 from optmem.memory.context import Context, note_tokens, show
 from optmem.memory.details import RECALLS, Details, handle
-from optmem.memory.drawing import AT_ONCE, PIXELS, behind, cut, draw_runs, keep_runs, kept_groups, read_groups, rows_of
+from optmem.memory.drawing import AT_ONCE, behind, cut, draw_runs, keep_runs, kept_groups, read_groups, rows_of
 from optmem.memory.forgetting import Forgetting, Forgotten, names
 from optmem.memory.grep import Grep, with_text
+from optmem.memory.mending import Mended
 from optmem.memory.messages import Message, read_messages
 from optmem.memory.optics import Optics, from_png
 from optmem.memory.policy import Policy
@@ -173,14 +174,14 @@ class Memory:
                 self._sketched[key] = plan.sketched
             receipt = plan.allocation.receipt
             receipt = replace(receipt, notes=(*receipt.notes, *notes))
-            mended: dict[int, bytes] = {}
+            mended: list[Mended] = []
             with self._snapshot() as view:
                 optics = self._planner(name).optics
                 found = show(view, plan, optics, wanted, receipt=receipt, encode=self._encode, mended=mended)
             if mended and self._store is not None:
                 with self._writing() as change:
-                    for number, png in mended.items():
-                        change.put_blob(number, PIXELS, png, tier="sharp")
+                    for each in mended:
+                        change.put_blob(each.page, each.kind, each.png, tier=each.tier)
             return found
 
     def _planner(self, reader: str) -> Planner:

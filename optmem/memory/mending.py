@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from optmem.memory.details import Details
 from optmem.memory.messages import Message
 from optmem.memory.optics import Optics, as_png
 from optmem.memory.records import StoredPage
 from optmem.memory.view import View
 from optmem.pages import draw_pages, paginate
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """A file of a page that takes the place of a damaged one."""
+
+    page: int  # its number
+    kind: str
+    png: bytes
+    tier: str
 
 
 def redrawn(view: View, page: StoredPage, optics: Optics) -> bytes | None:
