@@ -1,14 +1,18 @@
 """A memory in one file: it comes back whole, and no hostile file makes one."""
 
+import errno
 import io
+import os
 import random
+import stat
 
 import pytest
 from memory_histories import history, turn
 
 import optmem
 from optmem import Memory
-from optmem.errors import InputError, OptmemError
+from optmem.errors import InputError, OptmemError, OutputError
+from optmem.memory.archive import export
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,75 @@ def test_export_and_import(exported, engine, tmp_path):
         Memory.import_(path, tmp_path / "copy")
     with pytest.raises(OptmemError, match="cannot be opened"):
         Memory.import_(tmp_path / "nothing.tar", tmp_path / "other")
+
+
+def test_an_export_touches_no_file_of_another(exported, tmp_path):
+    """What another is still writing stays, and is not in the way; nothing unfinished is left behind."""
+    _, memory = exported
+    other = tmp_path / ".out.tar.unfinished"
+    other.write_bytes(b"of another")
+    memory.export(tmp_path / "out.tar")
+    assert other.read_bytes() == b"of another"
+    assert {file.name for file in tmp_path.iterdir()} == {"out.tar", other.name}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_an_export_replaces_nothing_that_appears_meanwhile(exported, tmp_path, monkeypatch, has_links):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    _, memory = exported
+    target = tmp_path / "out.tar"
+
+    def watch(items, *_, **__):
+        yield from items
+        target.write_bytes(b"of another")
+
+    with memory._snapshot() as view:
+        with pytest.raises(OutputError, match=r"'out\.tar' is there already"):
+            export(view, target, watch)
+        assert target.read_bytes() == b"of another"
+        assert list(tmp_path.iterdir()) == [target]
+        export(view, tmp_path / "free.tar")
+    assert (tmp_path / "free.tar").stat().st_nlink == 1
+    assert (tmp_path / "free.tar").stat().st_mode & 0o777 == 0o600
+    assert {file.name for file in tmp_path.iterdir()} == {"out.tar", "free.tar"}
+
+
+def test_an_export_that_fails_leaves_nothing(exported, tmp_path):
+    _, memory = exported
+
+    def watch(items, *_, **__):
+        yield from items
+        raise OSError(errno.ENOSPC, "no space left")
+
+    (tmp_path / "link.tar").symlink_to("nowhere")
+    with memory._snapshot() as view:
+        with pytest.raises(OutputError, match=r"cannot write out\.tar: no space left"):
+            export(view, tmp_path / "out.tar", watch)
+        with pytest.raises(OutputError, match="already"):
+            export(view, tmp_path / "link.tar")
+        with pytest.raises(OutputError, match=r"cannot write out\.tar: No such file"):
+            export(view, tmp_path / "nothing" / "out.tar")
+    assert [file.name for file in tmp_path.iterdir()] == ["link.tar"]
+
+
+def test_the_name_of_an_export_is_durable(exported, tmp_path, monkeypatch):
+    """The file first, then its name, then the folder that the name stands in."""
+    done = []
+
+    def seen(file):
+        kind = "folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file"
+        done.append((kind, (tmp_path / "out.tar").exists()))
+        sync(file)
+
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", seen)
+    _, memory = exported
+    memory.export(tmp_path / "out.tar")
+    assert done == [("file", False), ("folder", True)]
 
 
 def test_who_watches_sees_how_far_it_is(exported, engine, tmp_path):

@@ -6,14 +6,17 @@ plain names only, no links, no compression, types checked row by row, and at the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +33,7 @@ from optmem.memory.view import View
 FORMAT = "optmem memory 1"
 MANIFEST = "manifest.json"
 MOST_FILE, MOST_LINE, MOST_ALL = 1 << 30, 256 << 20, 1 << 40  # bytes
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what file systems say that have no hard links, such as a stick's
 _BLOB = re.compile(r"blobs/([0-9a-f]{64})")
 
 
@@ -48,26 +52,60 @@ def export(view: View, path: str | os.PathLike[str], watch: Watch = unwatched) -
     target = Path(path)
     counts: dict[str, int] = {}
     sums: dict[str, str] = {}
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    if target.exists():
-        raise OutputError(f"{target.name!r} is there already: export to a new file")
+    if os.path.lexists(target):
+        raise _there(target)
     try:
-        with os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b") as file:
+        with _appearing(target) as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 lost = _blobs(view, tar, watch)
                 for table in TABLES:
                     sums[table], counts[table] = _table(view, tar, table, lost)
                 manifest = {"format": FORMAT, "tables": {table: [counts[table], sums[table]] for table in TABLES}}
                 _member(tar, MANIFEST, json.dumps(manifest).encode())
-            file.flush()
-            os.fsync(file.fileno())
             size = file.tell()
-        unfinished.rename(target)
+    except FileExistsError:
+        raise _there(target) from None
     except OSError as error:
         raise OutputError(f"cannot write {target.name}: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
     return Exported(size, counts["messages"], counts["pages"], tuple(sorted({page for page, _ in lost})))
+
+
+def _there(target: Path) -> OutputError:
+    return OutputError(f"{target.name!r} is there already: export to a new file")
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[IO[bytes]]:
+    """A new file that gets its name when all of it is on the disk, and replaces none.  Raises FileExistsError, OSError.
+
+    What is unfinished has a name of its own, so that two exports to one folder never touch each other's.
+    """
+    unfinished = target.with_name(f".{secrets.token_hex(8)}.unfinished")
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _give_name(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _give_name(unfinished: Path, target: Path) -> None:
+    """As a rename, but it refuses a name that was taken meanwhile."""
+    try:
+        os.link(unfinished, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))  # what the rename replaces is ours
+        unfinished.rename(target)
 
 
 def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
