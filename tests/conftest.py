@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import pytest
 import torch  # after the thread counts
 from hypothesis import settings
 
@@ -19,3 +20,12 @@ if os.environ.get("OPTMEM_COMPILE_ONLY") != "1" and not torch.cuda.is_available(
 # A busy machine must not fail a test, and CI must fail twice in the same way or not at all.
 settings.register_profile("optmem", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("optmem")
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that they only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

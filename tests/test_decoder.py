@@ -17,13 +17,7 @@ SMALL = DecoderConfig(vocab_size=301, hidden=96, layers=4, heads=3, dense_width=
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompt_of(length, config=SMALL, dtype=torch.float32):

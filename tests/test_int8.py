@@ -26,12 +26,7 @@ SHAPES = [(1, 1, 1), (1, 5, 31), (2, 33, 33), (3, 7, 65), (6, 64, 16), (7, 4, 10
 SMALL = DecoderConfig(vocab_size=301, hidden=96, layers=4, heads=3, dense_width=200, experts=16, expert_width=40, top_k=4)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(tokens, rows, width, dtype):
